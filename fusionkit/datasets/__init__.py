@@ -1,0 +1,1 @@
+"""Data: folders of pairs, the named sets of the papers, and embedded scenes."""

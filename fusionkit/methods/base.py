@@ -1,0 +1,81 @@
+"""What every training method shares: its networks, its optimisers, and averages over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+class Method:
+    """A way to train a fusion network; `training.fit` drives it.
+
+    A subclass registers its networks and optimisers by name and implements `step`.
+    Gradients are taken with `torch.autograd.grad` and averaged over processes here, rather than
+    by a wrapped module, since meta-learning differentiates through weights that no module holds.
+
+    Attributes:
+        modules: every network that is trained, by name; the fusion network is `fusion`.
+        optimizers: one optimiser a name.
+        steps_taken: calls of `step` that were finished, counted by subclasses through `advance`.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+    ) -> None:
+        self.modules = nn.ModuleDict(modules)
+        self.optimizers = optimizers
+        self.steps_taken = 0
+        self.accelerator: Accelerator | None = None
+
+    def step(self, batch: dict) -> dict[str, float]:
+        """One training step on `batch` (keys `a`, `b`: (B, 1, H, W) in [0, 1]); named losses."""
+        raise TypeError(f"{type(self).__name__} defines no step")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.modules.parameters()).device
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move the networks to the accelerator's device, and average gradients with it."""
+        self.accelerator = accelerator
+        self.modules.to(accelerator.device)
+        for optimizer in self.optimizers.values():  # a resumed optimiser's moments move along
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The mean over all processes of each tensor; themselves with one process."""
+        tensors = list(tensors)
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return tensors
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])  # one message, not hundreds
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        sizes = [t.numel() for t in tensors]
+        return [
+            part.view_as(t) for part, t in zip(flat.split(sizes), tensors, strict=True)
+        ]
+
+    def update(self, name: str, gradients: Iterable[torch.Tensor]) -> None:
+        """One step of the optimiser `name` with these gradients, averaged over processes."""
+        parameters = list(self.modules[name].parameters())
+        for parameter, gradient in zip(parameters, self.average(list(gradients)), strict=True):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on, apart from the random state."""
+        return {
+            "modules": self.modules.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "steps_taken": self.steps_taken,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a `state_dict`; strict, so a checkpoint of another network is an error."""
+        self.modules.load_state_dict(state["modules"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.steps_taken = state["steps_taken"]
