@@ -111,12 +111,16 @@ def _check(image: torch.Tensor, name: str) -> torch.Tensor:
     if channels == 2:
         raise ValueError(f"{name}: 2 channels; expected 1 (gray), 3 (RGB) or 4 (RGBA)")
     if min(height, width) < MIN_SIDE:
-        raise ValueError(f"{name}: {height}×{width} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}")
+        raise ValueError(
+            f"{name}: {height}×{width} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}"
+        )
     if not torch.isfinite(image).all():
         raise ValueError(f"{name}: holds NaN or infinite values")
     low, high = image.min().item(), image.max().item()
     if low < 0 or high > 1:
-        raise ValueError(f"{name}: float values from {low:g} to {high:g}; expected the range [0, 1]")
+        raise ValueError(
+            f"{name}: float values from {low:g} to {high:g}; expected the range [0, 1]"
+        )
     return image[:3].contiguous()
 
 

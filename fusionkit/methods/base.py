@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
+
+
+def cosine(fraction: float) -> float:
+    """Half a cosine from 1 (fraction 0) to 0 (fraction 1 and beyond)."""
+    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
 class Method:
@@ -19,7 +26,7 @@ class Method:
     Attributes:
         modules: every network that is trained, by name; the fusion network is `fusion`.
         optimizers: one optimiser a name.
-        steps_taken: calls of `step` that were finished, counted by subclasses through `advance`.
+        steps_taken: calls of `step` that were finished, counted by the subclass.
     """
 
     def __init__(
@@ -39,9 +46,16 @@ class Method:
         return next(self.modules.parameters()).device
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move the networks to the accelerator's device, and average gradients with it."""
+        """Move the networks to the accelerator's device, and average gradients with it.
+
+        Every process starts from the weights of process 0, however it drew its own.
+        """
         self.accelerator = accelerator
-        self.modules.to(accelerator.device)
+        # Channels last: three times the speed of Restormer blocks on a CPU, at equal results.
+        self.modules.to(accelerator.device, memory_format=torch.channels_last)
+        if accelerator.num_processes > 1:
+            for tensor in self.modules.state_dict().values():  # shares memory with the modules
+                tensor.copy_(broadcast(tensor))
         for optimizer in self.optimizers.values():  # a resumed optimiser's moments move along
             optimizer.load_state_dict(optimizer.state_dict())
 
@@ -53,9 +67,7 @@ class Method:
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])  # one message, not hundreds
         flat = self.accelerator.reduce(flat, reduction="mean")
         sizes = [t.numel() for t in tensors]
-        return [
-            part.view_as(t) for part, t in zip(flat.split(sizes), tensors, strict=True)
-        ]
+        return [part.view_as(t) for part, t in zip(flat.split(sizes), tensors, strict=True)]
 
     def update(self, name: str, gradients: Iterable[torch.Tensor]) -> None:
         """One step of the optimiser `name` with these gradients, averaged over processes."""
@@ -64,6 +76,12 @@ class Method:
             parameter.grad = gradient
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
+
+    def set_lr(self, rates: dict[str, float]) -> None:
+        """Give each optimiser that `rates` names its learning rate."""
+        for name, rate in rates.items():
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on, apart from the random state."""

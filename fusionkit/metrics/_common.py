@@ -1,0 +1,38 @@
+"""Checks and small operations that the metrics share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def gray_levels(*images: torch.Tensor) -> list[torch.Tensor]:
+    """(B, 1, H, W) pictures in [0, 1] as float64 on the scale 0 to 255, (B, H, W).
+
+    The field's MATLAB files work on this scale, and sums over a picture need more than float32.
+
+    Raises:
+        ValueError: not (B, 1, H, W), sizes that differ, NaN, or values outside [0, 1].
+    """
+    first = images[0]
+    for image in images:
+        if image.ndim != 4 or image.shape[1] != 1:
+            raise ValueError(
+                f"expected gray pictures (B, 1, H, W), got shape {tuple(image.shape)}; "
+                "take the luminance of colour pictures first"
+            )
+        if image.shape != first.shape:
+            raise ValueError(
+                f"a, b and fused must have one shape, got {tuple(first.shape)} "
+                f"and {tuple(image.shape)}"
+            )
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):  # NaN fails both comparisons
+            raise ValueError(f"expected values in [0, 1], got {low:g} to {high:g}")
+    return [image[:, 0].double() * 255 for image in images]
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Pearson's correlation of (B, H, W) and (B, H, W) by picture: (B,); NaN for a constant one."""
+    x, y = (z - z.mean((-2, -1), keepdim=True) for z in (x, y))
+    norm = (x.square().sum((-2, -1)) * y.square().sum((-2, -1))).sqrt()
+    return (x * y).sum((-2, -1)) / norm

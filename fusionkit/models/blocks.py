@@ -1,0 +1,113 @@
+"""Building blocks which several fusion networks share: Restormer's transformer block.
+
+Source: Zamir et al., Restormer, CVPR 2022, as ReFusion and TDFusion use it: no convolution has a
+bias, padding is zero, and attention is taken over channels, so its cost is linear in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
+from torch.nn import functional as F
+
+
+def conv1x1(in_dim: int, out_dim: int) -> nn.Conv2d:
+    """A 1×1 convolution without bias."""
+    return nn.Conv2d(in_dim, out_dim, 1, bias=False)
+
+
+def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
+    """A zero-padded 3×3 convolution without bias; `groups=in_dim` makes it depth-wise."""
+    return nn.Conv2d(in_dim, out_dim, 3, padding=1, groups=groups, bias=False)
+
+
+class ProjectedQKV(nn.Sequential):
+    """Queries, keys and values: a 1×1 convolution to 3·dim, then a depth-wise 3×3 one.
+
+    (B, dim, H, W) -> (B, 3·dim, H, W); split it in thirds along the channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(conv1x1(dim, 3 * dim), conv3x3(3 * dim, 3 * dim, groups=3 * dim))
+
+
+def transposed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """Attention between channels: softmax(q̂ k̂ᵀ · temperature) v within each head.
+
+    q̂ and k̂ have unit length along the pixels. Since the lengths are sums over the whole picture,
+    the result at one pixel depends on all of it.
+
+    Args:
+        q, k, v: (B, C, H, W); head h owns the channels h·C/heads to (h + 1)·C/heads - 1.
+        temperature: (heads, 1, 1), learned.
+
+    Returns:
+        (B, C, H, W)
+    """
+    shape, heads = v.shape, temperature.shape[0]
+    q, k, v = (x.reshape(x.shape[0], heads, x.shape[1] // heads, -1) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2)  # normalised after the product: two full pictures less to move
+    scores = scores * _inverse_length(q) * _inverse_length(k).transpose(-1, -2)
+    return ((scores * temperature).softmax(-1) @ v).reshape(shape)
+
+
+def _inverse_length(x: torch.Tensor) -> torch.Tensor:
+    """1 / ‖x‖ along the last axis, kept; where x is all zero, 1.
+
+    A black crop makes q exactly zero. Dividing by a clamped length gives the right value there, but
+    second derivatives of 1e24; masking inside the root keeps derivatives of every order finite.
+    """
+    squared = x.square().sum(-1, keepdim=True)
+    return torch.where(squared > 0, squared, torch.ones_like(squared)).rsqrt()
+
+
+class TransposedAttention(nn.Module):
+    """Multi-head self-attention over channels. (B, dim, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = ProjectedQKV(dim)
+        self.project = conv1x1(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        return self.project(transposed_attention(q, k, v, self.temperature))
+
+
+class GatedFeedForward(nn.Module):
+    """Half of the expanded channels, through GELU, gates the other half. Shape is kept."""
+
+    def __init__(self, dim: int, expansion: float = 2.0) -> None:
+        super().__init__()
+        hidden = int(dim * expansion)
+        self.expand = conv1x1(dim, 2 * hidden)
+        self.depthwise = conv3x3(2 * hidden, 2 * hidden, groups=2 * hidden)
+        self.project = conv1x1(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.depthwise(self.expand(x)).chunk(2, dim=1)
+        return self.project(F.gelu(gate) * value)
+
+
+class RestormerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). (B, dim, H, W), any H and W."""
+
+    def __init__(self, dim: int, heads: int, expansion: float = 2.0) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm2d(dim, eps=1e-5)
+        self.attention = TransposedAttention(dim, heads)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5)
+        self.feed_forward = GatedFeedForward(dim, expansion)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+def restormer_stage(dim: int, heads: int, blocks: int = 2) -> nn.Sequential:
+    """`blocks` Restormer blocks in a row."""
+    return nn.Sequential(*(RestormerBlock(dim, heads) for _ in range(blocks)))

@@ -1,0 +1,187 @@
+"""Models by name, as in timm: `create_model`, `list_models`, and weights on disk."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fusionkit.images import write_atomically
+from fusionkit.models.official import to_ours
+from fusionkit.models.refusion import ReFusion
+
+TASKS = ("ivif", "mfif", "meif", "mif")
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that `create_model` knows.
+
+    Attributes:
+        build: the network's class.
+        stretch: whether the recipe of its paper stretches the output to its own minimum and
+            maximum.
+        paper: where it comes from.
+    """
+
+    build: Callable[..., nn.Module]
+    stretch: bool
+    paper: str
+
+
+MODELS = {
+    "refusion": ModelEntry(ReFusion, stretch=True, paper="Bai et al., ReFusion, IJCV 2024"),
+}
+
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of models that match the shell `pattern`; with `pretrained`, as `name_task`."""
+    names = [path.stem for path in WEIGHTS.glob("*.safetensors")] if pretrained else MODELS
+    return sorted(name for name in names if fnmatch(name, pattern))
+
+
+def model_entry(name: str) -> ModelEntry:
+    """The registry's entry of a model.
+
+    Raises:
+        ValueError: there is no such model; the message lists those there are.
+    """
+    return MODELS[check_name(name, MODELS, "model")]
+
+
+def check_task(task: str) -> str:
+    """`task` itself, if it is one of `ivif`, `mfif`, `meif`, `mif`; else a ValueError."""
+    return check_name(task, TASKS, "task")
+
+
+def check_name(name: str, known, kind: str) -> str:
+    """`name` itself, if it is among the `known`; else a ValueError that lists them."""
+    if name in known:
+        return name
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint}; expected one of {', '.join(known)}")
+
+
+def create_model(
+    name: str,
+    task: str | None = None,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike | None = None,
+    **options,
+) -> nn.Module:
+    """Build a fusion network: `forward(a, b) -> fused` on (B, 1, H, W) in [0, 1].
+
+    Args:
+        name: one of `list_models()`.
+        task: `ivif`, `mfif`, `meif` or `mif`; chooses the pretrained weights.
+        pretrained: load the weights that ship with fusionkit for this task.
+        checkpoint: weights from a file instead: ours (`.safetensors`, or a training run's
+            `checkpoint.pt`) or the authors' (`.pth` or safetensors; recognised by their keys).
+        options: passed to the network's class.
+
+    Raises:
+        ValueError: unknown model or task; pretrained weights without a task or together with
+            `checkpoint`; a file that is broken or holds another network.
+        FileNotFoundError: no such file, or no weights ship for this task.
+    """
+    entry = model_entry(name)
+    if task is not None:
+        check_task(task)
+    if pretrained and checkpoint is not None:
+        raise ValueError("give either pretrained=True or a checkpoint, not both")
+    model = entry.build(**options)
+    if pretrained:
+        checkpoint = pretrained_path(name, task)
+    if checkpoint is not None:
+        load_checkpoint(model, name, checkpoint)
+    return model
+
+
+def pretrained_path(name: str, task: str | None) -> Path:
+    """Where the weights of ours for a model and task lie."""
+    if task is None:
+        raise ValueError(f"pretrained weights of {name} need a task: {', '.join(TASKS)}")
+    path = WEIGHTS / f"{name}_{check_task(task)}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no weights of {name} for task {task!r} ship yet")
+    return path
+
+
+def load_checkpoint(model: nn.Module, name: str, path: str | os.PathLike) -> nn.Module:
+    """Fill `model`, built as `name`, from a file: every key must be there, and no other.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of tensors, or one of another network; the message names the keys.
+    """
+    path = Path(path)
+    state = read_state(path)
+    expected = model.state_dict()
+    try:
+        state = to_ours(name, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a checkpoint of {name}: {error}") from error
+    complaints = []
+    for kind, keys in (
+        ("missing keys", expected.keys() - state.keys()),
+        ("unknown keys", state.keys() - expected.keys()),
+    ):
+        if keys:
+            rest = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            complaints.append(f"{kind} {', '.join(sorted(keys)[:3])}{rest}")
+    complaints = complaints or [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if state[key].shape != value.shape
+    ]
+    if complaints:
+        raise ValueError(f"{path}: not a checkpoint of {name}: {'; '.join(complaints[:3])}")
+    model.load_state_dict(state)
+    return model
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file by name; nothing in it is executed.
+
+    Of a training run's `checkpoint.pt`, the fusion network's; a `module.` prefix is dropped.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable file of weights ({reason})") from error
+    if isinstance(state, dict) and "method" in state:
+        modules = state["method"]["modules"]
+        state = {
+            k.removeprefix("fusion."): v for k, v in modules.items() if k.startswith("fusion.")
+        }
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def save_weights(
+    model: nn.Module, path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> Path:
+    """Write a network's weights as safetensors, atomically; `metadata` goes into its header."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    payload = safetensors.torch.save(state, metadata)
+    return write_atomically(path, lambda file: file.write(payload))
