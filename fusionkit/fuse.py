@@ -143,7 +143,8 @@ def _fuse_pair(
             f"{_name(a, 'a')} is {sizes[0]} but {_name(b, 'b')} is {sizes[1]}; "
             "expected two registered pictures of one size"
         )
-    device = next(network.parameters()).device
+    # A network without weights, such as the average, runs where the pictures are.
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
     def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return network(a.to(device), b.to(device))
