@@ -10,7 +10,8 @@ from fusionkit.datasets import dataset_info, list_datasets
 from fusionkit.fuse import fuse, fuse_folders
 from fusionkit.images import save_image, write_atomically
 from fusionkit.metrics import METRICS, evaluate
-from fusionkit.models.registry import MODELS, TASKS, list_models
+from fusionkit.models.registry import MODELS, list_models
+from fusionkit.names import TASKS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from fusionkit.color import chroma, fuse_chroma, luminance, to_rgb
 from fusionkit.images import ImageLike, list_images, save_image, to_tensor
-from fusionkit.models.registry import check_name, check_task, create_model, model_entry
+from fusionkit.models.registry import create_model, model_entry
+from fusionkit.names import check_name, check_task
 from fusionkit.tiling import fuse_tiled
 
 # Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets, and about

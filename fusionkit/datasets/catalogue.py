@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusionkit.datasets.download import download_split, read_hashes
-from fusionkit.datasets.entries import ENTRIES, TASKS, DatasetInfo, Layout
+from fusionkit.datasets.entries import ENTRIES, DatasetInfo, Layout
 from fusionkit.datasets.folders import PairFolder
+from fusionkit.names import check_name, check_task
 
 # The lists belong to the repository, not to the package: an installed wheel has none and knows
 # only those splits that are folders.
@@ -24,8 +24,8 @@ def list_datasets(task: str | None = None) -> list[str]:
     Raises:
         ValueError: no such task.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    if task is not None:
+        check_task(task)
     return [info.name for info in ENTRIES if task in (None, info.task)]
 
 
@@ -35,11 +35,7 @@ def dataset_info(name: str) -> DatasetInfo:
     Raises:
         ValueError: no such data set; the message lists the known and suggests the nearest.
     """
-    if name in _CATALOGUE:
-        return _CATALOGUE[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), _CATALOGUE, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown data set {name!r}; {hint}known: {', '.join(_CATALOGUE)}")
+    return _CATALOGUE[check_name(name, _CATALOGUE, "data set")]
 
 
 def load_dataset(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TASKS = ("ivif", "mfif", "meif", "mif")
-
 
 @dataclass(frozen=True)
 class Layout:

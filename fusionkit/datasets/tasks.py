@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from fusionkit.datasets.catalogue import dataset_info, list_datasets, load_dataset
 from fusionkit.datasets.embedded import EmbeddedPairs
+from fusionkit.names import check_name
 
 # The embedded test scenes are drawn from another seed than the training scenes.
 EMBEDDED_SEEDS = {"train": 0, "test": 1}
@@ -35,8 +36,7 @@ def task_pairs(
         ValueError: unknown task or split, or a data set that is there but broken.
         FileNotFoundError: `root` is given and is no folder.
     """
-    if split not in EMBEDDED_SEEDS:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(EMBEDDED_SEEDS)}")
+    check_name(split, EMBEDDED_SEEDS, "split")
     root = root or None
     if root is not None and not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder of data sets")

@@ -15,6 +15,7 @@ from fusionkit.images import ImageLike, list_images, to_tensor
 from fusionkit.metrics.features import average_gradient, spatial_frequency, standard_deviation
 from fusionkit.metrics.information import entropy
 from fusionkit.metrics.structure import scd, ssim
+from fusionkit.names import check_name
 
 METRICS = {
     metric.__name__: metric
@@ -50,9 +51,8 @@ def evaluate(
         FileNotFoundError: a source of a fused picture is missing.
     """
     names = list(METRICS) if metrics is None else list(metrics)
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(METRICS)}")
+    for name in names:
+        check_name(name, METRICS, "metric")
     rows = {}
     for index, triple in _triples(a, b, fused, progress):
         sizes = {tuple(x.shape[-2:]) for x in triple}

@@ -128,15 +128,23 @@ class LossProposal(nn.Module):
     a head for W and one for V.
 
     Args:
-        prior: how far P leans, before it has learned anything, to the source with more detail: the
-            logits start at ±prior/2 times the contrast (∇I_a - ∇I_b) / (∇I_a + ∇I_b), for W that
-            of the 7×7 neighbourhood. 0 is the paper's P, which starts near 1/2 everywhere; a few
-            thousand steps of meta-learning do not take it far from there.
+        intensity_prior, gradient_prior: how far W and V lean, before P has learned anything, to
+            the source with more detail: the logits start at ±prior/2 times the contrast
+            (∇I_a - ∇I_b) / (∇I_a + ∇I_b), for W that of the 7×7 neighbourhood. 0 is the paper's P,
+            which starts near 1/2 everywhere; a few thousand steps of meta-learning do not take it
+            far from there.
     """
 
-    def __init__(self, dim: int = 16, heads: int = 8, blocks: int = 2, prior: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int = 16,
+        heads: int = 8,
+        blocks: int = 2,
+        intensity_prior: float = 0.0,
+        gradient_prior: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.prior = prior
+        self.intensity_prior, self.gradient_prior = intensity_prior, gradient_prior
         self.stem_a, self.stem_b = conv3x3(2, dim), conv3x3(2, dim)
         self.encoder_a = restormer_stage(dim, heads, blocks)
         self.encoder_b = restormer_stage(dim, heads, blocks)
@@ -152,13 +160,12 @@ class LossProposal(nn.Module):
         features_b = self.encoder_b(self.stem_b(torch.cat([b, grad_b], dim=1)))
         features = self.decoder(torch.cat([features_a, features_b], dim=1))
         w, v = self.intensity_head(features), self.gradient_head(features)
-        if self.prior:
-            gradients = torch.cat([grad_a, grad_b], dim=1)
+        gradients = torch.cat([grad_a, grad_b], dim=1)
+        if self.intensity_prior:
             blurred = F.avg_pool2d(gradients, 7, stride=1, padding=3, count_include_pad=False)
-            w, v = (
-                w + self.prior / 2 * _contrast(blurred),
-                v + self.prior / 2 * _contrast(gradients),
-            )
+            w = w + self.intensity_prior / 2 * _contrast(blurred)
+        if self.gradient_prior:
+            v = v + self.gradient_prior / 2 * _contrast(gradients)
         return w.softmax(dim=1), v.softmax(dim=1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import pickle
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from torch import nn
 from fusionkit.images import write_atomically
 from fusionkit.models.official import to_ours
 from fusionkit.models.refusion import ReFusion
+from fusionkit.names import TASKS, check_name, check_task
 
-TASKS = ("ivif", "mfif", "meif", "mif")
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -57,20 +56,6 @@ def model_entry(name: str) -> ModelEntry:
         ValueError: there is no such model; the message lists those there are.
     """
     return MODELS[check_name(name, MODELS, "model")]
-
-
-def check_task(task: str) -> str:
-    """`task` itself, if it is one of `ivif`, `mfif`, `meif`, `mif`; else a ValueError."""
-    return check_name(task, TASKS, "task")
-
-
-def check_name(name: str, known, kind: str) -> str:
-    """`name` itself, if it is among the `known`; else a ValueError that lists them."""
-    if name in known:
-        return name
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown {kind} {name!r}{hint}; expected one of {', '.join(known)}")
 
 
 def create_model(

@@ -69,14 +69,14 @@ def test_create_model_passes_options():
 
 
 def test_unknown_model_names_it_and_those_there_are():
-    with pytest.raises(ValueError, match="unknown model 'refusoin'.*'refusion'.*expected one of"):
+    with pytest.raises(ValueError, match=r"unknown model 'refusoin'.*'refusion'.*expected one of"):
         create_model("refusoin")
-    with pytest.raises(ValueError, match="unknown model 'xyz'; expected one of.*refusion"):
+    with pytest.raises(ValueError, match=r"unknown model 'xyz'; expected one of.*refusion"):
         create_model("xyz")
 
 
 def test_unknown_task_names_it_and_those_there_are():
-    with pytest.raises(ValueError, match="unknown task 'ivf'.*'ivif'.*ivif, mfif, meif, mif"):
+    with pytest.raises(ValueError, match=r"unknown task 'ivf'.*'ivif'.*ivif, mfif, meif, mif"):
         create_model("refusion", task="ivf")
     with pytest.raises(ValueError, match="unknown task 'nightvision'; expected"):
         create_model("refusion", task="nightvision", pretrained=True)
