@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import pandas as pd
 from torch import nn
@@ -16,7 +16,7 @@ from fusionkit.metrics import evaluate
 def compare(
     networks: dict[str, nn.Module],
     pairs: Dataset,
-    metrics: Iterable[str] | None = None,
+    metrics: Iterable[str] | Mapping[str, Callable] | None = None,
     *,
     stretch: bool = True,
     device: str | None = None,
@@ -27,7 +27,7 @@ def compare(
     Args:
         networks: by the name that the table shall show; `forward(a, b) -> fused`.
         pairs: items with "a", "b" and "name", such as a PairFolder.
-        metrics: names among `metrics.METRICS`; by default all.
+        metrics: as `evaluate` takes them; by default all.
         stretch: to the picture's minimum and maximum, the recipe of ReFusion's release.
 
     Returns:

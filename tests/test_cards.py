@@ -7,7 +7,9 @@ import pytest
 
 from fusionkit.cards import write_card
 
-RESULTS = pd.DataFrame({"ssim": [0.70312, 0.69]}, index=pd.Index(["ours", "theirs"], name="weights"))
+RESULTS = pd.DataFrame(
+    {"ssim": [0.70312, 0.69]}, index=pd.Index(["ours", "theirs"], name="weights")
+)
 
 
 def test_a_card_holds_facts_results_and_notes(tmp_path):

@@ -28,7 +28,9 @@ def test_each_network_is_measured_on_each_pair():
          "b": torch.rand(3, 16, 18, generator=generator), "name": name}
         for name in ("first", "second")
     ]  # fmt: skip
-    table = compare({"pick": Pick(), "mean": Mean()}, pairs, ["ssim"], stretch=False, progress=False)
+    table = compare(
+        {"pick": Pick(), "mean": Mean()}, pairs, ["ssim"], stretch=False, progress=False
+    )
     assert list(table.index) == [
         ("pick", "first"), ("mean", "first"), ("pick", "second"), ("mean", "second"),
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def test_notebook_runs_and_reproduces_its_marked_outputs(path, tmp_path):
 def test_notebook_is_committed_as_the_project_wants_it(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert PARAMETERS <= papermill.inspect_notebook(path).keys()
+    assert papermill.inspect_notebook(path).keys() >= PARAMETERS
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
     assert max(len(cell.source.splitlines()) for cell in code) <= 25

@@ -98,7 +98,7 @@ def _night_light(layout: Layout, street, shadow, lights) -> np.ndarray:
         drop = np.maximum(ly - y, 0.3)
         pools += drop * 26 / (square + drop * drop) ** 1.5 * (y < ly + 0.5)
     ground = np.isin(street.label, (ID["road"], ID["pavement"]))
-    aim = np.exp(-((x - 0.6) / (1.2 + 0.17 * z)) ** 2 - (np.maximum(y - 0.4, 0) / 0.9) ** 2)
+    aim = np.exp(-(((x - 0.6) / (1.2 + 0.17 * z)) ** 2) - (np.maximum(y - 0.4, 0) / 0.9) ** 2)
     beam = layout.beam * aim * np.exp(-z / 22) * np.clip(z / 6, 0, 1.2)
     light = pools[..., None] * layout.lamp_colour * 0.55 + CITY_GLOW
     light += (beam * np.where(ground, 0.6, 1.0))[..., None] * np.array((1, 0.95, 0.85), np.float32)

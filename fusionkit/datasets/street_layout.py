@@ -244,9 +244,9 @@ def _facades(rng, layout: Layout, street: Street, facade, along, index, table, t
         street.sunlit = np.where(facade, np.where(lit_side[None], 0.85, 0.0), street.sunlit)
         warm = warm + np.where(lit_side[None], 7.0, 0.0) * (1 - 0.6 * hedge)
     street.temperature[facade] = warm[facade]
-    street.label[facade] = np.where(hedge, ID["vegetation"], ID["building"]).repeat(
-        len(y), axis=0
-    )[facade]
+    street.label[facade] = np.where(hedge, ID["vegetation"], ID["building"]).repeat(len(y), axis=0)[
+        facade
+    ]
 
 
 def _sky(rng, layout: Layout, street: Street, sky, v, shape) -> None:

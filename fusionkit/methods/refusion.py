@@ -15,6 +15,7 @@ from torch.func import functional_call, jvp
 from fusionkit.losses import reconstruction_loss, sobel, weighted_fusion_loss
 from fusionkit.methods.base import Method, cosine
 from fusionkit.models.refusion import LossProposal, Reconstruction
+from fusionkit.names import check_name
 
 META_GRADIENTS = ("exact", "first_order")
 
@@ -62,10 +63,7 @@ class ReFusionMethod(Method):
         proposal: nn.Module | None = None,
         reconstruction: nn.Module | None = None,
     ) -> None:
-        if meta_gradient not in META_GRADIENTS:
-            raise ValueError(
-                f"meta_gradient {meta_gradient!r}; expected one of {', '.join(META_GRADIENTS)}"
-            )
+        check_name(meta_gradient, META_GRADIENTS, "meta_gradient")
         self.fusion = fusion
         self.proposal = proposal or LossProposal()
         self.reconstruction = reconstruction or Reconstruction()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +27,7 @@ def evaluate(
     a: ImageLike,
     b: ImageLike,
     fused: ImageLike,
-    metrics: Iterable[str] | None = None,
+    metrics: Iterable[str] | Mapping[str, Callable] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Measure fused pictures against their sources.
@@ -39,7 +39,8 @@ def evaluate(
         a, b, fused: three pictures (whatever `images.to_tensor` takes), three batches
             (B, C, H, W), or three folders whose pictures are matched by stem. A folder of fused
             pictures says which pairs are measured.
-        metrics: names among `METRICS`; by default all.
+        metrics: names among `METRICS`, by default all; or a dictionary from column names to
+            functions `metric(a, b, fused) -> (B,)` on (B, 1, H, W), your own among them.
         progress: show a bar over the pictures of a folder.
 
     Returns:
@@ -50,9 +51,9 @@ def evaluate(
         ValueError: an unknown metric, pictures of different sizes, values outside [0, 1].
         FileNotFoundError: a source of a fused picture is missing.
     """
-    names = list(METRICS) if metrics is None else list(metrics)
-    for name in names:
-        check_name(name, METRICS, "metric")
+    chosen = METRICS if metrics is None else metrics
+    if not isinstance(chosen, Mapping):
+        chosen = {name: METRICS[check_name(name, METRICS, "metric")] for name in chosen}
     rows = {}
     for index, triple in _triples(a, b, fused, progress):
         sizes = {tuple(x.shape[-2:]) for x in triple}
@@ -60,8 +61,8 @@ def evaluate(
             listed = ", ".join("×".join(map(str, x.shape[-2:])) for x in triple)
             raise ValueError(f"{index}: a, b and fused differ in size: {listed}")
         levels = [_eight_bit(luminance(_eight_bit(x)))[None] for x in triple]
-        rows[index] = {name: METRICS[name](*levels).item() for name in names}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("image")
+        rows[index] = {name: metric(*levels).item() for name, metric in chosen.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(chosen)).rename_axis("image")
 
 
 def _eight_bit(image: torch.Tensor) -> torch.Tensor:

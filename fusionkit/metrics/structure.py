@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fusionkit.metrics._common import correlation, gray_levels
+from fusionkit.names import check_name
 
 REDUCTIONS = ("mean", "sum")
 
@@ -38,8 +39,7 @@ def ssim(
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
     2004.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+    check_name(reduction, REDUCTIONS, "reduction")
     a, b, f = gray_levels(a, b, fused)
     if min(f.shape[-2:]) < 11:
         raise ValueError(f"SSIM's window is 11 wide; got {f.shape[-2]}×{f.shape[-1]} pixels")

@@ -19,6 +19,8 @@ from fusionkit.models.official import to_ours
 from fusionkit.models.refusion import ReFusion
 from fusionkit.names import TASKS, check_name, check_task
 
+# What safetensors and torch raise for a file that is cut short or is something else.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -147,7 +149,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable file of weights ({reason})") from error
     if isinstance(state, dict) and "method" in state:

@@ -64,7 +64,9 @@ class TestNames:
 
     @pytest.mark.parametrize(("typed", "meant"), [("road_scene", "roadscene"), ("MSRS", "msrs")])
     def test_unknown_name_suggests(self, typed, meant):
-        with pytest.raises(ValueError, match=f"did you mean '{meant}'.*expected one of roadscene, tno"):
+        with pytest.raises(
+            ValueError, match=f"did you mean '{meant}'.*expected one of roadscene, tno"
+        ):
             dataset_info(typed)
 
     def test_unknown_split(self):

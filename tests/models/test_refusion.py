@@ -94,11 +94,14 @@ def test_pictures_of_a_batch_do_not_mix():
     torch.testing.assert_close(network(a, b), one_by_one, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("prior", [0.0, 6.0])
+PRIOR = {"intensity_prior": 6.0, "gradient_prior": 6.0}
+
+
+@pytest.mark.parametrize("prior", [{}, PRIOR], ids=["neutral", "leaning"])
 def test_proposed_weights_sum_to_one(prior):
     torch.manual_seed(0)
     a, b = pair(9, 13, batch=2)
-    for maps in LossProposal(dim=4, heads=2, blocks=1, prior=prior)(a, b, sobel(a), sobel(b)):
+    for maps in LossProposal(dim=4, heads=2, blocks=1, **prior)(a, b, sobel(a), sobel(b)):
         assert maps.shape == (2, 2, 9, 13)
         assert (maps >= 0).all()
         torch.testing.assert_close(maps.sum(dim=1), torch.ones(2, 9, 13))
@@ -113,7 +116,7 @@ def test_without_a_prior_the_weights_start_near_one_half():
 
 def test_the_prior_weighs_the_more_detailed_source_more():
     torch.manual_seed(0)
-    proposal = LossProposal(prior=6.0)
+    proposal = LossProposal(**PRIOR)
     detailed, flat = detailed_and_flat()
     for maps in proposal(detailed, flat, sobel(detailed), sobel(flat)):
         assert maps[:, 0].mean() > 0.8
@@ -124,7 +127,7 @@ def test_the_prior_weighs_the_more_detailed_source_more():
 def test_the_prior_is_undecided_between_equal_gradients():
     torch.manual_seed(0)
     detailed, flat = detailed_and_flat()
-    plain, leaning = LossProposal(), LossProposal(prior=6.0)
+    plain, leaning = LossProposal(), LossProposal(**PRIOR)
     leaning.load_state_dict(plain.state_dict())
     for x in (detailed, flat):
         given = (x, x, sobel(x), sobel(x))
@@ -133,7 +136,7 @@ def test_the_prior_is_undecided_between_equal_gradients():
 
 
 def test_prior_adds_no_weights():
-    assert LossProposal(prior=6.0).state_dict().keys() == LossProposal().state_dict().keys()
+    assert LossProposal(**PRIOR).state_dict().keys() == LossProposal().state_dict().keys()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
