@@ -18,7 +18,7 @@ from fusionkit.tiling import fuse_tiled
 # Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets, and about
 # 2.5 GiB of activations in ReFusion.
 WHOLE_PIXELS = 1280 * 1024
-TILE = 512
+TILE = 768
 
 
 def fuse(
@@ -48,7 +48,7 @@ def fuse(
         stretch: spread the fused luminance over [0, 1], from its minimum to its maximum over the
             picture; by default as the model's paper does, which is True for `refusion`.
         tile: side of the tiles that large pictures are cut into; 0 never cuts; by default
-            pictures beyond 1280×1024 pixels are cut into tiles of 512. ReFusion attends over the
+            pictures beyond 1280×1024 pixels are cut into tiles of 768. ReFusion attends over the
             whole picture, so tiles approximate its result (to less than 1/255 at the mean).
         device: by default a GPU if there is one.
 
@@ -144,17 +144,12 @@ def _fuse_pair(
             f"{_name(a, 'a')} is {sizes[0]} but {_name(b, 'b')} is {sizes[1]}; "
             "expected two registered pictures of one size"
         )
-    # A network without weights, such as the average, runs where the pictures are.
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-
-    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return network(a.to(device), b.to(device))
-
     pair = luminance(image_a)[None], luminance(image_b)[None]
     height, width = image_a.shape[-2:]
     if tile is None:
         tile = 0 if height * width <= WHOLE_PIXELS else TILE
-    fused = run(*pair).cpu() if tile == 0 else fuse_tiled(run, *pair, tile, tile // 8)
+    side = tile or max(height, width)  # one tile as large as the picture
+    fused = fuse_tiled(network, *pair, side, side // 8)
     # Once, after blending: tile by tile it would show as a patchwork.
     fused = (stretch_to_range(fused) if stretch else fused)[0].clamp(0, 1)
     if color == "gray" or image_a.shape[0] == image_b.shape[0] == 1:

@@ -68,6 +68,8 @@ def _pil_to_array(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("1", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"):
         gray_palette = picture.mode == "1"
         picture = picture.convert("L" if gray_palette else "RGB")
+    if picture.mode in ("LA", "La"):
+        picture = picture.getchannel(0)  # gray with alpha
     array = np.asarray(picture)
     if picture.mode == "I":  # Pillow opens 16-bit PNG as 32-bit integers
         if array.size and (array.min() < 0 or array.max() > 65535):
@@ -96,6 +98,7 @@ def _scale(array: np.ndarray, name: str) -> torch.Tensor:
         raise ValueError(
             f"{name}: expected a gray, RGB or RGBA picture, got an array of shape {array.shape}"
         )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.bool_:
         array = array.astype(np.float32)
     elif array.dtype in (np.uint8, np.uint16):

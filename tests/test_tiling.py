@@ -6,8 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+from fusionkit.models.refusion import ReFusion
 from fusionkit.tiling import fuse_tiled, spans
+
+
+class Function(nn.Module):
+    """A network without weights."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.forward = function
 
 
 def pair(height: int, width: int, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +47,7 @@ def test_spans_cover_and_overlap(tile, overlap):
 )
 def test_a_pointwise_network_is_reproduced(size, overlap, network):
     a, b = pair(*size)
-    fused = fuse_tiled(network, a, b, tile=32, overlap=overlap)
+    fused = fuse_tiled(Function(network), a, b, tile=32, overlap=overlap)
     torch.testing.assert_close(fused, network(a, b), rtol=0, atol=1e-6)
 
 
@@ -49,25 +59,25 @@ def test_the_network_sees_whole_tiles_and_little_more_than_needed():
         seen.append(tuple(a.shape[-2:]))
         return a
 
-    fuse_tiled(network, *pair(50, 90), tile=32, overlap=4)
+    fuse_tiled(Function(network), *pair(50, 90), tile=32, overlap=4)
     assert seen == [(32, 32)] * (2 * 4)
     seen.clear()
-    fuse_tiled(network, *pair(20, 90), tile=32, overlap=4)
+    fuse_tiled(Function(network), *pair(20, 90), tile=32, overlap=4)
     assert seen == [(20, 32)] * 4
     seen.clear()
-    fuse_tiled(network, *pair(32, 32), tile=32, overlap=4)
+    fuse_tiled(Function(network), *pair(32, 32), tile=32, overlap=4)
     assert seen == [(32, 32)]
 
 
 def test_batches_and_colour_pass():
     a = torch.rand(2, 3, 40, 50)
-    torch.testing.assert_close(fuse_tiled(lambda a, b: (a + b) / 2, a, a, 16, 4), a)
+    torch.testing.assert_close(fuse_tiled(Function(lambda a, b: (a + b) / 2), a, a, 16, 4), a)
 
 
 def test_neighbouring_tiles_fade_into_each_other():
     """Tiles that disagree, by their own mean, meet in a ramp and not in a step."""
     a = torch.linspace(0, 1, 112).expand(1, 1, 40, 112)
-    fused = fuse_tiled(lambda a, b: a.mean().expand_as(a), a, a, tile=64, overlap=16)
+    fused = fuse_tiled(Function(lambda a, b: a.mean().expand_as(a)), a, a, tile=64, overlap=16)
     steps = fused.diff(dim=-1)
     rise = fused.max() - fused.min()
     assert rise > 0.3
@@ -79,4 +89,19 @@ def test_neighbouring_tiles_fade_into_each_other():
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 16), (32, -1), (8, 5), (0, 0)])
 def test_too_much_overlap_is_refused(tile, overlap):
     with pytest.raises(ValueError, match=f"overlap {overlap}; expected.*{tile}"):
-        fuse_tiled(lambda a, b: a, *pair(64, 64), tile=tile, overlap=overlap)
+        fuse_tiled(Function(lambda a, b: a), *pair(64, 64), tile=tile, overlap=overlap)
+
+
+def test_tiles_attend_by_the_statistics_of_the_whole_picture():
+    torch.manual_seed(0)
+    network = ReFusion(dim=8, heads=2, blocks=1).eval()
+    a, b = pair(40, 120)
+    a[..., 60:] *= 0.1  # the halves differ, so a tile's own statistics mislead it
+    with torch.no_grad():
+        whole = network(a, b)
+        tiled = fuse_tiled(network, a, b, tile=56, overlap=16)
+        alone = torch.cat([network(a[..., i : i + 60], b[..., i : i + 60]) for i in (0, 60)], -1)
+        again = network(a, b)
+    inside = (..., slice(4, -4), slice(4, 50))
+    assert (tiled - whole)[inside].abs().mean() < 0.3 * (alone - whole)[inside].abs().mean()
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)  # no hook is left behind

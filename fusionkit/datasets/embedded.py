@@ -1,6 +1,12 @@
-"""Embedded pairs for every task: made in memory from a seed, no file and no network needed."""
+"""Pairs for every task without a download: real photographs and drawn scenes, made in memory.
+
+They let every notebook run on a machine without data, and they carry what the public sets rarely
+have: the true fused picture, or exact labels and boxes.
+"""
 
 from __future__ import annotations
+
+import zlib
 
 import numpy as np
 import torch
@@ -8,38 +14,42 @@ from torch.utils.data import Dataset
 
 from fusionkit.datasets import medical, photographs, street
 from fusionkit.datasets.street import STREET_CLASSES
-from fusionkit.names import TASKS, check_name, check_task
 
 __all__ = ["STREET_CLASSES", "EmbeddedPairs"]
 
-TIMES = street.TIMES
-KINDS = ("ct", "pet", "spect")
 MIN_SIDE = 32
+# Per task: the option it takes and the values of that option.
+OPTIONS = {
+    "ivif": ("time", street.TIMES),
+    "mfif": (None, ()),
+    "meif": (None, ()),
+    "mif": ("kind", medical.KINDS),
+}
 
 
 class EmbeddedPairs(Dataset):
-    """`count` pairs of a task, with ground truth where there is one.
-
-    `ivif` are drawn street scenes by day, by night and in glare; `mfif` and `meif` are photographs
-    (those in scikit-image's wheel) blurred by depth and exposed through a camera's response; `mif`
-    is a synthetic head as CT, PET or SPECT, and MRI. Item i depends on the task, `size`, `seed`,
-    the options and i alone, on any machine.
+    """`count` seeded pairs of one task.
 
     Args:
-        task: `ivif`, `mfif`, `meif` or `mif`.
-        count: how many.
-        size: height and width, 32 or more each.
-        seed: a non-negative integer.
-        time: for `ivif`, "day", "night" or "glare"; by default in turn.
-        kind: for `mif`, "ct", "pet" or "spect"; by default in turn.
+        task: `ivif` (infrared, visible street scenes), `mfif` (near focus, far focus), `meif`
+            (under-exposed, over-exposed) or `mif` (CT, PET or SPECT beside MRI).
+        count: number of items.
+        size: (height, width) in pixels, at least 32×32.
+        seed: non-negative; another seed gives other pictures.
+        options: for `ivif`, time = "day", "night", "glare" (facing headlights at night) or None,
+            these in turn; for `mif`, kind = "ct", "pet", "spect" or None, these in turn.
 
-    Item: "a" and "b", float32 (1 or 3, H, W) in [0, 1]; "name"; "target" (the ground truth) for
-    `mfif` and `meif`; for `ivif` "labels" (H, W) int64 ids into `STREET_CLASSES`, "boxes" (N, 4)
-    float32 left, top, right, bottom in pixels, and "classes" (N,) int64.
+    Item i depends on (task, seed, i, size, options) alone. It holds `a` and `b`, float32 in
+    [0, 1], gray (1, H, W) or RGB (3, H, W), `name`, and
+
+    - for `mfif` and `meif`, `target` (3, H, W): the picture in focus all over, well exposed;
+    - for `ivif`, `labels` (H, W) int64 indices of STREET_CLASSES, `boxes` (N, 4) float32 (left,
+      top, right, bottom) in pixels around what can be seen of each car, person and lamp, right
+      and bottom exclusive, and `classes` (N,) int64.
 
     Raises:
-        ValueError: an unknown task, time or kind, an option of another task, or a number out of
-            range.
+        ValueError: unknown task, option or value, a size below 32×32, a negative count or seed.
+        IndexError: an item past the last.
     """
 
     def __init__(
@@ -48,48 +58,51 @@ class EmbeddedPairs(Dataset):
         count: int = 8,
         size: tuple[int, int] = (256, 256),
         seed: int = 0,
-        *,
-        time: str | None = None,
-        kind: str | None = None,
+        **options: str | None,
     ) -> None:
-        check_task(task)
-        for name, value, owner, known in (("time", time, "ivif", TIMES), ("kind", kind, "mif", KINDS)):
-            if value is not None and task != owner:
-                raise ValueError(f"{name}={value!r} is an option of {owner!r}, not of {task!r}")
-            if value is not None:
-                check_name(value, known, name)
-        if min(size) < MIN_SIDE or count < 1 or seed < 0:
+        if task not in OPTIONS:
+            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(OPTIONS)}")
+        option, values = OPTIONS[task]
+        for name, value in options.items():
+            if name != option:
+                expected = f"expected {option!r}" if option else "it takes none"
+                raise ValueError(f"unknown option {name!r} for task {task!r}; {expected}")
+            if value is not None and value not in values:
+                raise ValueError(
+                    f"{name}={value!r} for task {task!r}; expected None or one of "
+                    f"{', '.join(values)}"
+                )
+        size = tuple(int(side) for side in size)
+        if len(size) != 2 or min(size) < MIN_SIDE:
             raise ValueError(
-                f"size {size}, count {count}, seed {seed}; expected sides of at least {MIN_SIDE}, "
-                "a count of at least 1 and a seed of at least 0"
+                f"size {size}; expected (height, width), at least {MIN_SIDE}×{MIN_SIDE}"
             )
-        self.task, self.count, self.size, self.seed = task, count, tuple(size), seed
-        self.time, self.kind = time, kind
+        if count < 0 or seed < 0:
+            raise ValueError(f"count {count}, seed {seed}; expected neither to be negative")
+        self.task, self.count, self.size, self.seed = task, count, size, seed
+        self.kinds = (options[option],) if options.get(option) else values
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.count:
-            raise IndexError(f"pair {index} of {self.count}")
-        rng = np.random.default_rng((self.seed, TASKS.index(self.task), index))
-        word = ""
+    def __getitem__(self, i: int) -> dict:
+        index = range(self.count)[i]
+        entropy = (zlib.crc32(self.task.encode()), self.seed, index)
+        rng = np.random.default_rng(np.random.SeedSequence(entropy))
+        kind = self.kinds[index % len(self.kinds)] if self.kinds else None
         if self.task == "ivif":
-            word = self.time or TIMES[index % len(TIMES)]
-            scene = street.scene(rng, self.size, word)
+            item = street.scene(rng, self.size, kind)
+        elif self.task == "mif":
+            item = medical.scene(rng, self.size, kind)
         elif self.task == "mfif":
-            scene = photographs.multi_focus(rng, self.size)
-        elif self.task == "meif":
-            scene = photographs.multi_exposure(rng, self.size)
+            item = photographs.multi_focus(rng, self.size)
         else:
-            word = self.kind or KINDS[index % len(KINDS)]
-            scene = medical.scene(rng, self.size, word)
-        item = {key: _to_tensor(key, value) for key, value in scene.items()}
-        return item | {"name": "_".join(filter(None, (self.task, word, f"{index:03d}")))}
+            item = photographs.multi_exposure(rng, self.size)
+        name = "_".join(filter(None, (self.task, kind, f"{self.seed}", f"{index:04d}")))
+        return {"name": name} | {key: _tensor(key, value) for key, value in item.items()}
 
 
-def _to_tensor(key: str, value: np.ndarray) -> torch.Tensor:
-    if key not in ("a", "b", "target"):
-        return torch.from_numpy(np.ascontiguousarray(value))
-    picture = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
-    return picture[None] if picture.ndim == 2 else picture.movedim(-1, 0).contiguous()
+def _tensor(key: str, array: np.ndarray) -> torch.Tensor:
+    if key in ("a", "b", "target"):
+        array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -32,35 +32,52 @@ class ProjectedQKV(nn.Sequential):
         super().__init__(conv1x1(dim, 3 * dim), conv3x3(3 * dim, 3 * dim, groups=3 * dim))
 
 
-def transposed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor
-) -> torch.Tensor:
+class ChannelStatistics(nn.Module):
+    """What attention over channels takes from the whole picture: q kᵀ, ‖q‖² and ‖k‖².
+
+    (B, heads, c, pixels) twice -> (B, heads, c, c), (B, heads, c, 1), (B, heads, c, 1). All three
+    are sums over pixels. It is a module, though it has no weights, so that `tiling` can put the
+    sums of a large picture in the place of a tile's.
+    """
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            q @ k.transpose(-1, -2),
+            q.square().sum(-1, keepdim=True),
+            k.square().sum(-1, keepdim=True),
+        )
+
+
+class ChannelAttention(nn.Module):
     """Attention between channels: softmax(q̂ k̂ᵀ · temperature) v within each head.
 
     q̂ and k̂ have unit length along the pixels. Since the lengths are sums over the whole picture,
     the result at one pixel depends on all of it.
 
-    Args:
-        q, k, v: (B, C, H, W); head h owns the channels h·C/heads to (h + 1)·C/heads - 1.
-        temperature: (heads, 1, 1), learned.
-
-    Returns:
-        (B, C, H, W)
+    q, k, v: (B, C, H, W) -> (B, C, H, W); head h owns the channels h·C/heads to
+    (h + 1)·C/heads - 1. The temperature, one for each head, is learned.
     """
-    shape, heads = v.shape, temperature.shape[0]
-    q, k, v = (x.reshape(x.shape[0], heads, x.shape[1] // heads, -1) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2)  # normalised after the product: two full pictures less to move
-    scores = scores * _inverse_length(q) * _inverse_length(k).transpose(-1, -2)
-    return ((scores * temperature).softmax(-1) @ v).reshape(shape)
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.statistics = ChannelStatistics()
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shape, heads = v.shape, len(self.temperature)
+        q, k, v = (x.reshape(x.shape[0], heads, x.shape[1] // heads, -1) for x in (q, k, v))
+        products, q_squared, k_squared = self.statistics(q, k)
+        # Normalised after the product: two full pictures less to move.
+        cosines = products * _inverse_root(q_squared) * _inverse_root(k_squared).transpose(-1, -2)
+        return ((cosines * self.temperature).softmax(-1) @ v).reshape(shape)
 
 
-def _inverse_length(x: torch.Tensor) -> torch.Tensor:
-    """1 / ‖x‖ along the last axis, kept; where x is all zero, 1.
+def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
+    """1 / √x, and 1 where x is 0.
 
     A black crop makes q exactly zero. Dividing by a clamped length gives the right value there, but
     second derivatives of 1e24; masking inside the root keeps derivatives of every order finite.
     """
-    squared = x.square().sum(-1, keepdim=True)
     return torch.where(squared > 0, squared, torch.ones_like(squared)).rsqrt()
 
 
@@ -69,13 +86,12 @@ class TransposedAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = ProjectedQKV(dim)
+        self.attend = ChannelAttention(heads)
         self.project = conv1x1(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=1)
-        return self.project(transposed_attention(q, k, v, self.temperature))
+        return self.project(self.attend(*self.qkv(x).chunk(3, dim=1)))
 
 
 class GatedFeedForward(nn.Module):

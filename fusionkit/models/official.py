@@ -13,14 +13,14 @@ _REFUSION = [
     (r"project_out_0\.weight", r"head.0.weight"),
     (r"project_out_1\.weight", r"head.2.weight"),
     (_BLOCK + r"norm(\d)\.body\.(weight|bias)", r"\1.\2.norm\3.\4"),
-    (_BLOCK + r"attn\.temperature", r"\1.\2.attention.temperature"),
+    (_BLOCK + r"attn\.temperature", r"\1.\2.attention.attend.temperature"),
     (_BLOCK + r"attn\.qkv\.weight", r"\1.\2.attention.qkv.0.weight"),
     (_BLOCK + r"attn\.qkv_dwconv\.weight", r"\1.\2.attention.qkv.1.weight"),
     (_BLOCK + r"attn\.project_out\.weight", r"\1.\2.attention.project.weight"),
     (_BLOCK + r"ffn\.project_in\.weight", r"\1.\2.feed_forward.expand.weight"),
     (_BLOCK + r"ffn\.dwconv\.weight", r"\1.\2.feed_forward.depthwise.weight"),
     (_BLOCK + r"ffn\.project_out\.weight", r"\1.\2.feed_forward.project.weight"),
-    (r"FM\.temperature([12])", r"fusion.interaction.temperature\1"),
+    (r"FM\.temperature([12])", r"fusion.interaction.attend\1.temperature"),
     (r"FM\.qkv([12])\.weight", r"fusion.interaction.qkv\1.0.weight"),
     (r"FM\.qkv([12])_dwconv\.weight", r"fusion.interaction.qkv\1.1.weight"),
     (r"FM\.project_mid([12])\.weight", r"fusion.interaction.project\1.weight"),
@@ -30,7 +30,7 @@ _REFUSION = [
     (r"FM\.project_E([12])_d\.weight", r"fusion.refine\1.value.1.weight"),
     (r"FM\.project_out([12])\.weight", r"fusion.refine\1.project.weight"),
 ]
-_SIDE = re.compile(r"\b(stem|encoder|temperature|qkv|project|refine)([12])\b")
+_SIDE = re.compile(r"\b(stem|encoder|attend|qkv|project|refine)([12])\b")
 
 
 def convert_refusion(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusionkit.models.blocks import (
+    ChannelAttention,
     ProjectedQKV,
     conv1x1,
     conv3x3,
     restormer_stage,
-    transposed_attention,
 )
 
 
@@ -36,8 +36,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.temperature_a = nn.Parameter(torch.ones(heads, 1, 1))
-        self.temperature_b = nn.Parameter(torch.ones(heads, 1, 1))
+        self.attend_a, self.attend_b = ChannelAttention(heads), ChannelAttention(heads)
         self.qkv_a, self.qkv_b = ProjectedQKV(dim), ProjectedQKV(dim)
         self.project_a, self.project_b = conv1x1(dim, dim), conv1x1(dim, dim)
 
@@ -45,8 +44,8 @@ class CrossAttention(nn.Module):
         qa, ka, va = self.qkv_a(a).chunk(3, dim=1)
         qb, kb, vb = self.qkv_b(b).chunk(3, dim=1)
         return (
-            a + self.project_a(transposed_attention(qb, ka, va, self.temperature_a)),
-            b + self.project_b(transposed_attention(qa, kb, vb, self.temperature_b)),
+            a + self.project_a(self.attend_a(qb, ka, va)),
+            b + self.project_b(self.attend_b(qa, kb, vb)),
         )
 
 

@@ -152,16 +152,17 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable file of weights ({reason})") from error
-    if isinstance(state, dict) and "method" in state:
-        modules = state["method"]["modules"]
-        state = {
-            k.removeprefix("fusion."): v for k, v in modules.items() if k.startswith("fusion.")
-        }
+    run = state.get("method") if isinstance(state, dict) else None
+    if isinstance(run, dict) and isinstance(run.get("modules"), dict):
+        trained = run["modules"].items()
+        state = {k.removeprefix("fusion."): v for k, v in trained if k.startswith("fusion.")}
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 

@@ -186,6 +186,14 @@ def test_ssim_refusals():
         ssim(*triple(), reduction="max")
 
 
+def test_spatial_frequency_by_the_number_of_differences():
+    ramp = (torch.arange(20) / 255).expand(1, 1, 12, 20).double()
+    value = spatial_frequency(ramp, ramp, ramp, divide_by="differences")
+    assert value.item() == pytest.approx(1, rel=1e-5)
+    with pytest.raises(ValueError, match=r"divide_by 'rows'.*expected one of pixels, differences"):
+        spatial_frequency(ramp, ramp, ramp, divide_by="rows")
+
+
 # Refusals
 
 

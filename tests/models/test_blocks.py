@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fusionkit.models.blocks import (
@@ -11,8 +12,13 @@ from fusionkit.models.blocks import (
     ProjectedQKV,
     RestormerBlock,
     restormer_stage,
-    transposed_attention,
+    ChannelAttention,
 )
+
+
+def channel_attention(q, k, v, temperature):
+    attention = ChannelAttention(len(temperature))
+    return functional_call(attention, {"temperature": temperature}, (q, k, v))
 
 
 def naive_attention(q, k, v, temperature):
@@ -34,7 +40,7 @@ def test_attention_equals_a_plain_loop(channels, heads):
     q, k, v = torch.randn(3, 2, channels, 5, 7, dtype=torch.float64)
     temperature = torch.rand(heads, 1, 1, dtype=torch.float64) * 3
     expected = naive_attention(q, k, v, temperature)
-    torch.testing.assert_close(transposed_attention(q, k, v, temperature), expected)
+    torch.testing.assert_close(channel_attention(q, k, v, temperature), expected)
 
 
 def test_attention_equals_a_plain_loop_in_channels_last():
@@ -43,7 +49,7 @@ def test_attention_equals_a_plain_loop_in_channels_last():
     temperature = torch.rand(4, 1, 1)
     expected = naive_attention(q, k, v, temperature)
     torch.testing.assert_close(
-        transposed_attention(q, k, v, temperature), expected, check_stride=False
+        channel_attention(q, k, v, temperature), expected, check_stride=False
     )
 
 
@@ -51,14 +57,14 @@ def test_attention_gradients():
     torch.manual_seed(0)
     given = [torch.randn(1, 4, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     given.append(torch.rand(2, 1, 1, dtype=torch.float64, requires_grad=True))
-    assert torch.autograd.gradcheck(transposed_attention, given)
-    assert torch.autograd.gradgradcheck(transposed_attention, given)
+    assert torch.autograd.gradcheck(channel_attention, given)
+    assert torch.autograd.gradgradcheck(channel_attention, given)
 
 
 def test_zero_queries_attend_evenly():
     v = torch.randn(1, 4, 3, 3)
     zero = torch.zeros_like(v)
-    out = transposed_attention(zero, zero, v, torch.ones(1, 1, 1))
+    out = channel_attention(zero, zero, v, torch.ones(1, 1, 1))
     torch.testing.assert_close(out, v.mean(dim=1, keepdim=True).expand_as(v))
 
 

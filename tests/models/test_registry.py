@@ -250,14 +250,14 @@ INVERSE = [
     (r"head\.0\.", "project_out_0."),
     (r"head\.2\.", "project_out_1."),
     (r"\.norm(\d)\.", r".norm\1.body."),
-    (r"\.attention\.temperature", ".attn.temperature"),
+    (r"\.attention\.attend\.temperature", ".attn.temperature"),
     (r"\.attention\.qkv\.0\.", ".attn.qkv."),
     (r"\.attention\.qkv\.1\.", ".attn.qkv_dwconv."),
     (r"\.attention\.project\.", ".attn.project_out."),
     (r"\.feed_forward\.expand\.", ".ffn.project_in."),
     (r"\.feed_forward\.depthwise\.", ".ffn.dwconv."),
     (r"\.feed_forward\.project\.", ".ffn.project_out."),
-    (r"fusion\.interaction\.temperature(\d)", r"FM.temperature\1"),
+    (r"fusion\.interaction\.attend(\d)\.temperature", r"FM.temperature\1"),
     (r"fusion\.interaction\.qkv(\d)\.0\.", r"FM.qkv\1."),
     (r"fusion\.interaction\.qkv(\d)\.1\.", r"FM.qkv\1_dwconv."),
     (r"fusion\.interaction\.project(\d)\.", r"FM.project_mid\1."),
@@ -337,7 +337,7 @@ def test_unknown_and_missing_authors_keys_are_named(tmp_path, network):
     state = authors_state(network)
     del state["FM.temperature2"]
     safetensors.torch.save_file(state, path)
-    assert "missing keys fusion.interaction.temperature_b" in complaint(path)
+    assert "missing keys fusion.interaction.attend_b.temperature" in complaint(path)
 
 
 # A full disk
