@@ -50,7 +50,7 @@ def fuse(
         tile: side of the tiles that large pictures are cut into; 0 never cuts; by default
             pictures beyond 1280×1024 pixels are cut into tiles of 768. ReFusion attends over the
             whole picture, so tiles approximate its result (to less than 1/255 at the mean).
-        device: by default a GPU if there is one.
+        device: by default a GPU if there is one; a network of yours stays where it is.
 
     Returns:
         float32 (1 or 3, H, W) in [0, 1], on the CPU; `to_pil` and `save_image` take it.
@@ -123,14 +123,17 @@ def _network(
     model: str | nn.Module, task: str, checkpoint: str | os.PathLike | None, device
 ) -> nn.Module:
     check_task(task)
-    if isinstance(model, str):
-        model = create_model(model, task, pretrained=checkpoint is None, checkpoint=checkpoint)
-    elif checkpoint is not None:
-        raise ValueError("checkpoint goes with a model's name; load it into your network yourself")
+    if not isinstance(model, str):
+        if checkpoint is not None:
+            raise ValueError(
+                "checkpoint goes with a model's name; load it into the network yourself"
+            )
+        return model if device is None else model.to(device)
+    network = create_model(model, task, pretrained=checkpoint is None, checkpoint=checkpoint)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Channels last halves the time of depth-wise convolutions and channel norms on a CPU.
-    return model.to(device, memory_format=torch.channels_last).eval()
+    # Channels last: depth-wise convolutions and norms over channels are far faster on a CPU.
+    return network.to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -149,7 +152,11 @@ def _fuse_pair(
     if tile is None:
         tile = 0 if height * width <= WHOLE_PIXELS else TILE
     side = tile or max(height, width)  # one tile as large as the picture
-    fused = fuse_tiled(network, *pair, side, side // 8)
+    training = network.training
+    try:
+        fused = fuse_tiled(network.eval(), *pair, side, side // 8)
+    finally:
+        network.train(training)  # the network may be somebody's, in the middle of its training
     # Once, after blending: tile by tile it would show as a patchwork.
     fused = (stretch_to_range(fused) if stretch else fused)[0].clamp(0, 1)
     if color == "gray" or image_a.shape[0] == image_b.shape[0] == 1:

@@ -106,7 +106,8 @@ def _scale(array: np.ndarray, name: str) -> torch.Tensor:
         array = (array.astype(np.float64) / np.iinfo(array.dtype).max).astype(np.float32)
     elif not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{name}: expected uint8, uint16 or float values, got {array.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).permute(2, 0, 1)
+    # A copy, so that nobody's array changes with the tensor.
+    return torch.from_numpy(np.array(array, dtype=np.float32)).permute(2, 0, 1)
 
 
 def _check(image: torch.Tensor, name: str) -> torch.Tensor:

@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fusionkit.methods.base import Method
+from fusionkit.methods.refusion import ReFusionMethod
+from fusionkit.models.refusion import LossProposal, Reconstruction, ReFusion
 from fusionkit.training import fit
 
 
@@ -91,7 +93,7 @@ def train(out_dir: Path, method: Method | None = None, loader=None, **options):
 
 
 def weights(method: Method) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(method.modules.parameters()).detach()
+    return torch.cat([p.detach().flatten() for p in method.modules.parameters()])
 
 
 def at_step(k: int, act):
@@ -416,9 +418,35 @@ def launch(*arguments: str) -> None:
     assert [p.returncode for p in processes] == [0, 0], "\n".join(errors)
 
 
+def train_refusion(out_dir: Path):
+    """ReFusion's meta and fusion steps on batches of four, in float64 on tiny networks."""
+    torch.manual_seed(0)
+    tiny = {"dim": 4, "heads": 2, "blocks": 1}
+    networks = [network(**tiny).double() for network in (ReFusion, LossProposal, Reconstruction)]
+    fusion, proposal, reconstruction = networks
+    method = ReFusionMethod(
+        fusion, proposal=proposal, reconstruction=reconstruction,
+        lr=1e-3, inner_lr=0.5, meta_steps=2, fusion_steps=1,
+    )  # fmt: skip
+    pictures = torch.rand(8, 2, 1, 10, 12, dtype=torch.float64)
+    loader = DataLoader([{"a": a, "b": b} for a, b in pictures], batch_size=4)
+    settings = {"steps": 5, "log_every": 1, "device": "cpu", "progress": False}
+    return method, fit(method, loader, out_dir=out_dir, **settings)
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Also: their resume is exact, and a NaN in one of them stops both."""
     launch("pair", str(tmp_path))
+
+    method, log = train_refusion(tmp_path / "one_refusion")
+    refusion = pd.read_csv(tmp_path / "refusion" / "log.csv")
+    for name in ("fusion", "reconstruction", "meta"):
+        np.testing.assert_allclose(refusion[name], log[name], rtol=1e-9)
+    assert log["meta"].notna().tolist() == [True, True, False, True, True]
+    proposal = torch.load(tmp_path / "proposal.pt", weights_only=True)
+    # The meta-gradient crosses the processes twice: as v, and as the gradient of P.
+    for name, value in method.proposal.state_dict().items():
+        torch.testing.assert_close(proposal[name], value, rtol=0, atol=1e-9)
 
     one, log = train(tmp_path / "one", Average(noise=0))
     two = torch.load(tmp_path / "weights.pt", weights_only=True)
@@ -443,8 +471,10 @@ def train_as_one_of_two(out_dir: Path) -> None:
     found["straight"] = weights(train(out_dir / "straight")[0])
     train(out_dir / "resumed", steps=4)
     found["resumed"] = weights(train(out_dir / "resumed")[0])
+    refusion, _ = train_refusion(out_dir / "refusion")
     if rank == 0:
         torch.save(found, out_dir / "weights.pt")
+        torch.save(refusion.proposal.state_dict(), out_dir / "proposal.pt")
 
     trouble = at_step(2, lambda: float("nan") if rank == 1 else None)
     with pytest.raises(FloatingPointError, match="step 2: loss 'loss' is nan"):

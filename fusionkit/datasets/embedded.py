@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fusionkit.datasets import medical, photographs, street
 from fusionkit.datasets.street import STREET_CLASSES
+from fusionkit.names import check_name, check_task
 
 __all__ = ["STREET_CLASSES", "EmbeddedPairs"]
 
@@ -60,19 +61,14 @@ class EmbeddedPairs(Dataset):
         seed: int = 0,
         **options: str | None,
     ) -> None:
-        if task not in OPTIONS:
-            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(OPTIONS)}")
-        option, values = OPTIONS[task]
+        option, values = OPTIONS[check_task(task)]
         for name, value in options.items():
             if name != option:
                 expected = f"expected {option!r}" if option else "it takes none"
                 raise ValueError(f"unknown option {name!r} for task {task!r}; {expected}")
-            if value is not None and value not in values:
-                raise ValueError(
-                    f"{name}={value!r} for task {task!r}; expected None or one of "
-                    f"{', '.join(values)}"
-                )
-        size = tuple(int(side) for side in size)
+            if value is not None:
+                check_name(value, values, name)
+        size = tuple(size)
         if len(size) != 2 or min(size) < MIN_SIDE:
             raise ValueError(
                 f"size {size}; expected (height, width), at least {MIN_SIDE}×{MIN_SIDE}"

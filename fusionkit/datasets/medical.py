@@ -68,7 +68,7 @@ def _anatomy(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarra
     side = min(size)
     pixel = 2.0 / side
     rows, columns = (np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in size)
-    tilt, zoom = rng.uniform(-0.06, 0.06), rng.uniform(0.98, 1.06)
+    tilt, zoom = rng.uniform(-0.06, 0.06), rng.uniform(0.96, 1.04)
     y, x = np.meshgrid(rows * pixel * zoom, columns * pixel * zoom, indexing="ij")
     x, y = np.cos(tilt) * x + np.sin(tilt) * y, np.cos(tilt) * y - np.sin(tilt) * x
     pixel *= zoom
@@ -105,10 +105,10 @@ def _anatomy(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarra
 
     def paint(name: str, cover: np.ndarray) -> None:
         layers[:] *= 1 - cover
-        layers[TISSUES.index(name)] += cover
+        layers[TISSUES.index(name)] += cover * head
 
     head = _soft(depth, pixel)
-    paint("scalp", head)
+    layers[TISSUES.index("scalp")] = head
     paint("muscle", _soft(depth - scalp * 0.35, pixel) * temple)
     paint("muscle", 0.5 * (_soft(depth, pixel) - _soft(depth - 0.012, pixel)))  # skin
     paint("bone", _soft(depth - scalp, pixel))
@@ -130,7 +130,7 @@ def _folds(rng: np.random.Generator, x, y, brain, angle):
     Sulci are the zero lines of a noise that varies fast along the surface and slowly inwards; the
     noise over its own gradient is the distance to such a line.
     """
-    turns, layers = 34, 9
+    turns, layers = 42, 9
     grid = rng.standard_normal((layers, turns)).astype(np.float32)
     grid = np.concatenate([grid, grid[:, :4]], axis=1)
     warp_a = smooth_noise(rng, x.shape, (9, 9)) * 0.55
@@ -141,14 +141,12 @@ def _folds(rng: np.random.Generator, x, y, brain, angle):
     slope = np.hypot(*np.gradient(noise)) * (min(x.shape) / 2) + 1.5
     sulcus = np.abs(noise) / slope
     reach = rng.uniform(0.17, 0.22) * (1 + 0.35 * warp_a)
-    width = rng.uniform(0.007, 0.013) * np.clip(1.3 - brain / reach, 0, 1.3)
+    width = rng.uniform(0.006, 0.011) * np.clip(1.3 - brain / reach, 0, 1.3)
     sulcus = sulcus - width + np.maximum(brain - reach, 0)  # no fold reaches the centre
     wave = 0.012 * np.sin(9 * y + rng.uniform(0, 6.3)) * np.clip(brain * 4, 0, 1)
     middle = np.abs(x - wave)
-    central = np.maximum(np.maximum(y + 0.3, 0.4 - y), 0)
     falx = np.where((y > -0.36) & (y < 0.42), middle + 0.3, middle - 0.008)
     falx = np.minimum(falx, middle - 0.008 + 2.0 * np.clip(np.minimum(y + 0.36, 0.42 - y), 0, None))
-    del central
     sylvius = np.full_like(x, 1.0)
     for sign in (-1, 1):
         bend = y - 0.02 - 0.25 * (sign * x - 0.45) + 0.05 * np.sin(14 * x + sign)

@@ -6,6 +6,7 @@ Only files that the wheel itself carries are opened, by path, so nothing is ever
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def _layers(light: np.ndarray, depth: np.ndarray, edges: np.ndarray):
     shows through the soft rim of a blurred foreground is background.
     """
     reach = max(light.shape[0] // 24, 3)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         own = (depth >= low) & (depth < high)
         if not own.any():
             continue
@@ -209,7 +210,7 @@ def _defocus(
 
 
 def _disc_blur(layer: np.ndarray, radius: float) -> np.ndarray:
-    """Convolve (C, H, W) with an antialiased disc, the image of a point through a round aperture."""
+    """Convolve (C, H, W) with an antialiased disc, a point's image through a round aperture."""
     if radius < 0.5:
         return layer
     reach = int(np.ceil(radius))
@@ -228,8 +229,8 @@ def multi_exposure(rng: np.random.Generator, size: tuple[int, int]) -> dict[str,
     name = EXPOSURE_PHOTOGRAPHS[rng.integers(len(EXPOSURE_PHOTOGRAPHS))]
     (target,) = _crop(rng, [photograph(name)], size)
     radiance = _scene_radiance(rng, target)
-    under, over = -rng.uniform(1.5, 3.0), rng.uniform(1.5, 3.0)
-    response = rng.uniform(0.4, 0.52), rng.uniform(0.0, 0.6)
+    under, over = -rng.uniform(2.0, 3.0), rng.uniform(1.5, 3.0)
+    response = rng.uniform(0.43, 0.52), rng.uniform(0.0, 0.6)
     a, b = (_expose(rng, radiance * 2.0**stops, *response) for stops in (under, over))
     return {"a": a, "b": b, "target": quantize(target)}
 
@@ -244,7 +245,7 @@ def _scene_radiance(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     base = gaussian_filter(np.log2(light.mean(axis=-1) + 0.01), min(height, width) / 16)
     drift = 0.15 * smooth_noise(rng, (height, width), (2, 2))
-    stops = rng.uniform(0.3, 0.6) * (base - np.median(base)) + drift
+    stops = rng.uniform(0.3, 0.6) * (base - np.percentile(base, 65)) + drift
     peak = light.max(axis=-1, keepdims=True)
     return light * np.exp2(np.clip(stops, -2.5, 2.5))[..., None] * (1 + 1.5 * peak**3)
 

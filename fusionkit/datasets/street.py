@@ -11,8 +11,9 @@ import numpy as np
 from scipy.ndimage import find_objects, gaussian_filter, gaussian_filter1d
 
 from fusionkit.datasets.noise import quantize, resize, smooth_noise
-from fusionkit.datasets.street_layout import Layout, draw_objects, draw_street, place
-from fusionkit.datasets.street_objects import ID, STREET_CLASSES
+from fusionkit.datasets.street_background import draw_street
+from fusionkit.datasets.street_canvas import ID, STREET_CLASSES
+from fusionkit.datasets.street_layout import Layout, draw_objects, place
 
 __all__ = ["STREET_CLASSES", "TIMES", "scene"]
 
@@ -46,8 +47,12 @@ def scene(rng: np.random.Generator, size: tuple[int, int], time: str) -> dict[st
     instance = np.zeros(number.shape, np.int32)
     instance.ravel()[covered] = parts[:, 8]
 
-    grain = smooth_noise(rng, fine, (128, 128)) * 0.06 + 1
-    street.colour *= grain[..., None]
+    grain = smooth_noise(rng, fine, (160, 160))
+    roughness = np.full(len(STREET_CLASSES), 0.05, np.float32)
+    roughness[ID["sky"]], roughness[ID["vegetation"]] = 0, 0.28
+    rough = roughness[street.label]
+    street.colour *= np.maximum(1 + rough * grain, 0.2)[..., None]
+    street.temperature += np.where(street.label == ID["vegetation"], 0.7 * grain, 0)
     shadow = np.asarray(canvas.shadow, np.float32) / 255
     shadow = gaussian_filter(shadow, 0.006 * min(fine)) * np.isin(
         street.label, (ID["road"], ID["pavement"])
@@ -91,17 +96,21 @@ def _visible(rng: np.random.Generator, layout: Layout, street, shadow, lights) -
 
 def _night_light(layout: Layout, street, shadow, lights) -> np.ndarray:
     """Irradiance (H, W, 3) from the street lamps and from the own car's dipped headlights."""
-    x, y, z = street.x, street.y, street.z
+    x, y, z, label = (
+        plane[::FINE, ::FINE] for plane in (street.x, street.y, street.z, street.label)
+    )  # light is smooth: once a pixel will do
     pools = np.zeros_like(x)
-    for lx, ly, lz in lights:
+    for lx, ly, lz in np.array(lights, np.float32).reshape(-1, 3):
         square = (x - lx) ** 2 + (z - lz) ** 2
         drop = np.maximum(ly - y, 0.3)
-        pools += drop * 26 / (square + drop * drop) ** 1.5 * (y < ly + 0.5)
-    ground = np.isin(street.label, (ID["road"], ID["pavement"]))
+        square += drop * drop
+        pools += drop / (square * np.sqrt(square)) * (y < ly + 0.5)
+    ground = np.isin(label, (ID["road"], ID["pavement"]))
     aim = np.exp(-(((x - 0.6) / (1.2 + 0.17 * z)) ** 2) - (np.maximum(y - 0.4, 0) / 0.9) ** 2)
     beam = layout.beam * aim * np.exp(-z / 22) * np.clip(z / 6, 0, 1.2)
-    light = pools[..., None] * layout.lamp_colour * 0.55 + CITY_GLOW
+    light = pools[..., None] * (14 * layout.lamp_colour) + CITY_GLOW
     light += (beam * np.where(ground, 0.6, 1.0))[..., None] * np.array((1, 0.95, 0.85), np.float32)
+    light = light.astype(np.float32).repeat(FINE, axis=0).repeat(FINE, axis=1)
     return light * (1 - 0.7 * shadow[..., None])
 
 
@@ -111,14 +120,16 @@ def _bloom(layout: Layout, glow: np.ndarray) -> np.ndarray:
         return np.zeros_like(glow)
     height, width = glow.shape[:2]
     side = min(height, width)
-    small = (max(height // 2, 8), max(width // 2, 8))
+    small = (max(height // 4, 8), max(width // 4, 8))
     out = np.empty_like(glow)
     for channel in range(3):
         source = resize(glow[..., channel], small).clip(0)
-        halo = 0.30 * gaussian_filter(source, side / 180)
-        halo += 0.22 * gaussian_filter(source, side / 55)
-        halo += layout.veil * gaussian_filter(source, side / 14)
-        halo += 0.5 * layout.veil * gaussian_filter1d(source, side / 16, axis=1)  # windscreen smear
+        halo = 0.30 * gaussian_filter(source, side / 360)
+        halo += 0.22 * gaussian_filter(source, side / 110)
+        halo += layout.veil * gaussian_filter(source, side / 28)
+        halo += (
+            0.12 * layout.veil * gaussian_filter1d(source, side / 40, axis=1)
+        )  # windscreen smear
         out[..., channel] = resize(halo, (height, width)).clip(0)
     return out
 
@@ -126,10 +137,8 @@ def _bloom(layout: Layout, glow: np.ndarray) -> np.ndarray:
 def _infrared(rng: np.random.Generator, layout: Layout, street, shadow) -> np.ndarray:
     """Temperatures through optics, an uncooled bolometer and its gain control: (H, W) in [0, 1]."""
     degrees = street.temperature
-    if layout.time == "day":  # the ground keeps some of the warmth where a shadow has just come
-        degrees = degrees - 7 * shadow
-    else:
-        degrees = degrees + 1.5 * shadow
+    # By day the ground is cooler in the shadow; by night it is warm where a car has stood.
+    degrees = degrees + (-7 if layout.time == "day" else 1.5) * shadow
     air = layout.climate.air
     absorbed = np.exp(-np.minimum(street.z, 300) / 400)
     degrees = np.where(street.label == ID["sky"], degrees, air + (degrees - air) * absorbed)

@@ -1,101 +1,27 @@
-"""What stands in a street: cars, persons, trees and lamps, drawn as polygons in three dimensions.
-
-World coordinates in metres: x to the right, y up from the ground, z ahead of the camera.
-"""
+"""What stands in a street: cars, persons, trees and lamps, as polygons in three dimensions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-STREET_CLASSES = (
-    "background",
-    "road",
-    "pavement",
-    "building",
-    "vegetation",
-    "sky",
-    "car",
-    "person",
-    "lamp",
-)
-ID = {name: index for index, name in enumerate(STREET_CLASSES)}
-DARK = (0.0, 0.0, 0.0)
+from fusionkit.datasets.street_canvas import DARK, Canvas, Climate
 
-
-@dataclass(frozen=True)
-class Camera:
-    """A pinhole `height` metres above the ground; focal length and horizon in pixels."""
-
-    focal: float
-    centre: float
-    horizon: float
-    height: float
-
-    def project(self, points: np.ndarray) -> np.ndarray:
-        """World points (N, 3) to pixels (N, 2)."""
-        x, y, z = np.asarray(points, float).T
-        scale = self.focal / np.maximum(z, 0.5)
-        return np.stack([self.centre + scale * x, self.horizon + scale * (self.height - y)], axis=1)
-
-
-class Canvas:
-    """A painter's canvas whose pixels hold the number of the part drawn last; 0 is background.
-
-    Colour (linear albedo), temperature (°C), light given off, class, instance and place of each
-    part are looked up by that number when the scene is shaded.
-    """
-
-    def __init__(self, camera: Camera, shape: tuple[int, int]) -> None:
-        self.camera = camera
-        self.picture = Image.new("I", shape[::-1])
-        self.pen = ImageDraw.Draw(self.picture)
-        self.shadow = Image.new("L", shape[::-1])
-        self.shade = ImageDraw.Draw(self.shadow)
-        self.parts: list[tuple] = [(*DARK, 0.0, *DARK, 0, 0, 0.0, 0.0, 1.0)]
-
-    def part(self, colour, temperature, cls, instance, place, glow=DARK) -> int:
-        """Register a part at `place` (x, y, z); returns its number."""
-        self.parts.append((*colour, temperature, *glow, ID[cls], instance, *place))
-        return len(self.parts) - 1
-
-    def polygon(self, points, number: int) -> None:
-        """Fill the polygon through world points (N, 3)."""
-        self.pen.polygon(list(map(tuple, self.camera.project(points))), fill=number)
-
-    def disc(self, centre, radius: float, number: int) -> None:
-        """Fill a disc that faces the camera; `radius` in metres."""
-        (u, v), r = self.camera.project([centre])[0], radius * self.camera.focal / centre[2]
-        self.pen.ellipse((u - r, v - r, u + r, v + r), fill=number)
-
-    def cast(self, points, depth: int = 255) -> None:
-        """Darken the ground inside a polygon of (x, z) points."""
-        ground = [(x, 0.0, z) for x, z in points]
-        self.shade.polygon(list(map(tuple, self.camera.project(ground))), fill=depth)
-
-
-@dataclass(frozen=True)
-class Climate:
-    """The air's temperature (°C), the sun's shadow per metre of height (x, z), or night."""
-
-    air: float
-    night: bool
-    sun: tuple[float, float] = (0.0, 0.0)
+CAR_COLOURS = ((0.6, 0.6, 0.62), (0.03, 0.03, 0.035), (0.25, 0.27, 0.3), (0.35, 0.03, 0.03),
+               (0.04, 0.08, 0.25), (0.7, 0.68, 0.62), (0.1, 0.12, 0.12),
+               (0.2, 0.16, 0.1))  # fmt: skip
 
 
 def car(canvas: Canvas, rng, climate: Climate, x: float, z: float, rear: bool, driving: bool,
         instance: int, beam: float = 14.0) -> None:  # fmt: skip
     """A saloon, its near end at depth z, seen from the rear or (rear=False) from the front."""
-    palette = ((0.6, 0.6, 0.62), (0.03, 0.03, 0.035), (0.25, 0.27, 0.3), (0.35, 0.03, 0.03),
-               (0.04, 0.08, 0.25), (0.7, 0.68, 0.62), (0.1, 0.12, 0.12), (0.2, 0.16, 0.1))  # fmt: skip
-    paint = np.array(palette[rng.integers(len(palette))]) * rng.uniform(0.8, 1.1)
+    paint = np.array(CAR_COLOURS[rng.integers(len(CAR_COLOURS))]) * rng.uniform(0.8, 1.1)
     half, length, roof = rng.uniform(0.86, 0.93), rng.uniform(4.0, 4.7), rng.uniform(1.42, 1.55)
     waist = 0.62 * roof
-    sign = -1.0 if x > canvas.camera.height * 0 else 1.0  # the side that faces the camera's axis
+    sign = -1.0 if x > 0 else 1.0  # the side that faces the camera's axis
     flank = x + sign * half
-    sunny = 0.0 if climate.night else 10.0 + 8.0 * (1 - paint.mean())
+    sunny = 0.0 if climate.night else 5.0 + 5.0 * (1 - paint.mean())
     body = climate.air + sunny - (1.5 if climate.night else 0.0)
     heat = 1.0 if driving else 0.0
 
@@ -150,7 +76,7 @@ def car(canvas: Canvas, rng, climate: Climate, x: float, z: float, rear: bool, d
                     (x + inset, roof + 0.03, z + back * length),
                     (x - inset, roof + 0.03, z + back * length)], top)  # fmt: skip
 
-    side([(0, 0.3), (0.02, waist - 0.12), (0.06, waist), (0.96, waist), (1, 0.75 * waist),
+    side([(0, 0.3), (0.0, waist - 0.05), (0.02, waist), (0.96, waist), (1, 0.75 * waist),
           (1, 0.3), (0.9, 0.2), (0.1, 0.2)], flank_paint)  # fmt: skip
     turn = np.linspace(0, 2 * np.pi, 18, endpoint=False)
     rim = part((0.3, 0.3, 0.32), climate.air + 9 * heat + 0.3 * sunny)
@@ -163,7 +89,8 @@ def car(canvas: Canvas, rng, climate: Climate, x: float, z: float, rear: bool, d
     end([(0.66, 0.05), (0.92, 0.05), (0.92, 0.45), (0.66, 0.45)], tyre, 0.25)
     end([(-0.66, 0.18), (0.66, 0.18), (0.66, 0.4), (-0.66, 0.4)], dark, 0.1)
     end([(-0.97, 0.3), (-1, 0.5), (-0.96, waist - 0.08), (-0.88, waist), (0.88, waist),
-         (0.96, waist - 0.08), (1, 0.5), (0.97, 0.3), (0.9, 0.22), (-0.9, 0.22)], end_paint)  # fmt: skip
+         (0.96, waist - 0.08), (1, 0.5), (0.97, 0.3), (0.9, 0.22), (-0.9, 0.22)],
+        end_paint)  # fmt: skip
     bumper = part(paint * 0.7, body + 4 * heat)
     end([(-0.98, 0.26), (-0.99, 0.46), (0.99, 0.46), (0.98, 0.26)], bumper, -0.02)
     lit = climate.night and driving
@@ -177,8 +104,8 @@ def car(canvas: Canvas, rng, climate: Climate, x: float, z: float, rear: bool, d
         grille = part((0.02,) * 3, climate.air + 26 * heat + sunny * 0.5)
         end([(-0.5, 0.48), (0.5, 0.48), (0.55, 0.7), (-0.55, 0.7)], grille, -0.03)
     plate = part((0.75, 0.72, 0.6), body, (0.25, 0.24, 0.2) if lit and rear else DARK)
-    end([(-0.28, 0.34 if not rear else 0.55), (0.28, 0.34 if not rear else 0.55),
-         (0.28, 0.45 if not rear else 0.67), (-0.28, 0.45 if not rear else 0.67)], plate, -0.04)  # fmt: skip
+    low, high = (0.55, 0.67) if rear else (0.34, 0.45)
+    end([(-0.28, low), (0.28, low), (0.28, high), (-0.28, high)], plate, -0.04)
     for s in (-1, 1):
         end([(s * 0.62, 0.6), (s * 0.96, 0.58), (s * 0.94, 0.76), (s * 0.64, 0.74)], lamp, -0.04)
 
@@ -191,7 +118,7 @@ def person(canvas: Canvas, rng, climate: Climate, x: float, z: float, instance: 
     trousers = rng.uniform(0.008, 0.06, 3) * (1, 1, 1.5)
     skin = np.array((0.5, 0.32, 0.23)) * rng.choice((0.35, 0.7, 1.0))
     # Clothes lie between the skin's temperature and the air's; a coat holds back more than jeans.
-    sunny = 0.0 if climate.night else 4.0
+    sunny = 0.0 if climate.night else 5.0
     leak = 33 - climate.air
     part = lambda colour, share: canvas.part(  # noqa: E731
         colour, climate.air + share * leak + sunny, "person", instance, (x, 1.0, z)
@@ -205,10 +132,7 @@ def person(canvas: Canvas, rng, climate: Climate, x: float, z: float, instance: 
         """Tapered capsules through points in units of the body's height."""
         turn = np.linspace(0, 2 * np.pi, 14, endpoint=False)
         ring = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-        for (p, q), (r, s) in zip(
-            zip(points[:-1], points[1:], strict=True), zip(radii[:-1], radii[1:], strict=True),
-            strict=True,
-        ):  # fmt: skip
+        for (p, q), (r, s) in zip(pairwise(points), pairwise(radii), strict=True):
             p, q = np.array(p), np.array(q)
             along = q - p
             ahead = ring @ along > 0
@@ -218,7 +142,7 @@ def person(canvas: Canvas, rng, climate: Climate, x: float, z: float, instance: 
             canvas.polygon(world, number)
 
     hip, knee, ankle = 0.5, 0.28, 0.04
-    shade, shoe = part(trousers, 0.38), part((0.02, 0.015, 0.012), 0.22)
+    shade, shoe = part(trousers, 0.48), part((0.02, 0.015, 0.012), 0.22)
     for side in (-1, 1):
         foot = side * stride * 0.5
         lift = 0.03 if side < 0 else 0.0
@@ -227,7 +151,7 @@ def person(canvas: Canvas, rng, climate: Climate, x: float, z: float, instance: 
         limb([(splay, hip), joint, (foot + splay, ankle + lift)], (0.052, 0.04, 0.026), shade)
         toe = 0.07 if profile else 0.0
         limb([(foot + splay, 0.025 + lift), (foot + splay + toe, 0.02)], (0.025, 0.02), shoe)
-    jacket, sleeve, hand = part(coat, 0.52), part(coat * 0.8, 0.46), part(skin, 0.86)
+    jacket, sleeve, hand = part(coat, 0.6), part(coat * 0.8, 0.54), part(skin, 0.86)
     arms = []
     for side in (-1, 1):
         swing = -side * stride * 0.45
@@ -257,7 +181,7 @@ def person(canvas: Canvas, rng, climate: Climate, x: float, z: float, instance: 
 
 def tree(canvas: Canvas, rng, climate: Climate, x: float, z: float) -> None:
     """A street tree: a forked trunk and a crown of leaf clumps, darker beneath than above."""
-    tall, crown = rng.uniform(5.0, 8.0), rng.uniform(1.5, 2.3)
+    tall, crown = rng.uniform(5.0, 7.2), rng.uniform(1.7, 2.5)
     place = (x, tall * 0.6, z)
     bark = canvas.part((0.07, 0.05, 0.035), climate.air + 1, "vegetation", 0, (x, 1.0, z))
     split = tall - 1.6 * crown
@@ -268,15 +192,19 @@ def tree(canvas: Canvas, rng, climate: Climate, x: float, z: float) -> None:
     green = np.array((0.10, 0.17, 0.035)) * rng.uniform(0.7, 1.2) * (rng.uniform(0.7, 1.5), 1, 1)
     tones = [canvas.part(green * tone, climate.air + warm, "vegetation", 0, place)
              for tone, warm in ((0.4, 0.3), (0.7, 0.9), (1.0, 1.6), (1.5, 2.2))]  # fmt: skip
-    clumps = int(np.clip(2600 / z, 50, 220))
-    spread = rng.standard_normal((clumps, 2)) * (0.48, 0.42)
-    spread /= np.maximum(np.hypot(*spread.T), 1)[:, None]
+    clumps = int(np.clip(4500 / z, 70, 380))
+    turn = rng.uniform(0, 2 * np.pi, clumps)
+    lobes = 0.86 + 0.1 * np.sin(3 * turn + rng.uniform(0, 6)) + 0.06 * np.sin(7 * turn)
+    out = np.sqrt(rng.random(clumps)) * lobes
+    spread = np.stack([out * np.cos(turn), 0.9 * out * np.sin(turn)], axis=1)
     light = spread[:, 1] * 1.5 - spread[:, 0] * 0.5 * np.sign(climate.sun[0])
     tone = np.clip(np.rint(light + 1.4 + rng.normal(0, 0.7, clumps)), 0, 3).astype(int)
-    for index in np.argsort(tone + rng.random(clumps)):
-        px, py = spread[index] * crown
-        radius = crown * rng.uniform(0.06, 0.16)
-        canvas.disc((x + px, tall - 0.8 * crown + py, z), radius, tones[tone[index]])
+    order = np.argsort(tone + rng.random(clumps))
+    radii = crown * rng.uniform(0.4, 1.0, clumps) * (0.17 - 0.11 * out)
+    centres = np.stack(
+        [x + crown * spread[:, 0], tall - 0.8 * crown + crown * spread[:, 1], np.full(clumps, z)], 1
+    )
+    canvas.discs(centres[order], radii[order], [tones[t] for t in tone[order]])
     if not climate.night:
         dx, dz = (s * (tall - crown) for s in climate.sun)
         turn = np.linspace(0, 6.28, 20)

@@ -29,8 +29,9 @@ class ReFusionMethod(Method):
         proposal_lr: Adam's learning rate for P; by default `lr`, as in the paper.
         anneal_steps: lower the learning rates to zero along half a cosine over so many steps; None
             keeps them constant, as the paper does over its 111,100 steps.
-        inner_lr: step size η of the inner updates, plain gradient descent. The paper gives none;
-            TDFusion's release takes the current learning rate, and so does None.
+        inner_lr: step size η of the inner updates, plain gradient descent; it stays as it is when
+            the learning rates are annealed. The paper gives none; None takes `lr`, as TDFusion's
+            release does.
         alpha1, alpha2: weights of the gradient terms in L_f (equation 1) and L_r (equation 4).
         warmup_steps: fusion steps before the first meta step. R's opinion is worth something only
             once R has seen fused pictures; the paper has none.
@@ -72,7 +73,8 @@ class ReFusionMethod(Method):
             "proposal": self.proposal,
             "reconstruction": self.reconstruction,
         }
-        rates = {"fusion": lr, "reconstruction": lr, "proposal": proposal_lr or lr}
+        proposal_lr = lr if proposal_lr is None else proposal_lr
+        rates = {"fusion": lr, "reconstruction": lr, "proposal": proposal_lr}
         super().__init__(
             modules, {n: torch.optim.Adam(m.parameters(), lr=rates[n]) for n, m in modules.items()}
         )

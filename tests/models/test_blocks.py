@@ -8,11 +8,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fusionkit.models.blocks import (
+    ChannelAttention,
     GatedFeedForward,
     ProjectedQKV,
     RestormerBlock,
     restormer_stage,
-    ChannelAttention,
 )
 
 
