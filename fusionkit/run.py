@@ -61,7 +61,8 @@ def store(path: Path) -> None:
     """Execute a notebook from top to bottom and put its outputs into the file."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}})
-    with tqdm(total=len(notebook.cells), desc=path.stem, unit="cell") as bar:
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    with tqdm(total=len(code), desc=path.stem, unit="cell") as bar:
         client.on_cell_complete = lambda cell, cell_index: bar.update()
         client.execute()
     for cell in notebook.cells:
