@@ -49,7 +49,7 @@ def fuse(
             picture; by default as the model's paper does, which is True for `refusion`.
         tile: side of the tiles that large pictures are cut into; 0 never cuts; by default
             pictures beyond 1280×1024 pixels are cut into tiles of 768. ReFusion attends over the
-            whole picture, so tiles approximate its result (to less than 1/255 at the mean).
+            whole picture, so tiles approximate its result (to about 1/255 at the mean).
         device: by default a GPU if there is one; a network of yours stays where it is.
 
     Returns:
@@ -154,7 +154,7 @@ def _fuse_pair(
     side = tile or max(height, width)  # one tile as large as the picture
     training = network.training
     try:
-        fused = fuse_tiled(network.eval(), *pair, side, side // 8)
+        fused = fuse_tiled(network.eval(), *pair, side, side // 16)
     finally:
         network.train(training)  # the network may be somebody's, in the middle of its training
     # Once, after blending: tile by tile it would show as a patchwork.

@@ -10,9 +10,6 @@ from torch import nn
 
 from fusionkit.models.blocks import ChannelStatistics
 
-# Each pass costs as much as fusing; two bring ReFusion's tiles to a third of a gray level.
-STATISTICS_PASSES = 2
-
 
 def fuse_tiled(
     network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int = 768, overlap: int = 96
@@ -21,10 +18,10 @@ def fuse_tiled(
 
     Neighbouring tiles share `overlap` pixels, across which one fades into the other linearly.
 
-    Where a network attends over the whole picture (`blocks.ChannelStatistics`), earlier passes sum
-    the statistics of all tiles, and in the next pass every tile attends by the picture's sums in
-    place of its own. The first pass sees features that each tile attended to by itself, so the
-    result still is an approximation, but a close one, and without a patchwork.
+    Where a network attends over the whole picture (`blocks.ChannelStatistics`), a first pass sums
+    the statistics of all tiles, and in the second pass every tile attends by the picture's sums in
+    place of its own. Padding at the tiles' edges enters the sums, so the result still is an
+    approximation, but a close one, and without a patchwork.
 
     Raises:
         ValueError: the overlap is not smaller than half a tile.
@@ -36,13 +33,9 @@ def fuse_tiled(
         return _run(network, a, b, windows[0])
     if not any(isinstance(module, ChannelStatistics) for module in network.modules()):
         return _blend(network, a, b, windows, overlap)
-    sums: dict[nn.Module, tuple] = {}
-    for _ in range(STATISTICS_PASSES):
-        # Recorded before they are replaced: hooks run in the order in which they are added.
-        with _sums_recorded(network) as new_sums, _sums_replaced(network, sums):
-            for window in windows:
-                _run(network, a, b, window)
-        sums = new_sums
+    with _sums_recorded(network) as sums:
+        for window in _windows(a, tile, 0):
+            _run(network, a, b, window)
     with _sums_replaced(network, sums):
         return _blend(network, a, b, windows, overlap)
 
@@ -113,7 +106,7 @@ def _sums_recorded(network: nn.Module) -> Iterator[dict[nn.Module, tuple]]:
 
 @contextmanager
 def _sums_replaced(network: nn.Module, sums: dict[nn.Module, tuple]) -> Iterator[None]:
-    with _hooked(network, lambda module, inputs, output: sums.get(module, output)):
+    with _hooked(network, lambda module, inputs, output: sums[module]):
         yield
 
 
