@@ -15,10 +15,12 @@ from fusionkit.models.registry import create_model, model_entry
 from fusionkit.names import check_name, check_task
 from fusionkit.tiling import fuse_tiled
 
-# Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets, and about
-# 2.5 GiB of activations in ReFusion.
+# Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets.
 WHOLE_PIXELS = 1280 * 1024
 TILE = 768
+# A network that streams gives the same result in tiles, and on a CPU, whose cache holds a tile of
+# 128, in about two thirds of the time; see notebook 08.
+STREAM_TILE_CPU, STREAM_TILE_GPU = 128, 1024
 
 
 def fuse(
@@ -47,9 +49,9 @@ def fuse(
         color: "auto" gives RGB if a source has three channels; "gray" gives luminance.
         stretch: spread the fused luminance over [0, 1], from its minimum to its maximum over the
             picture; by default as the model's paper does, which is True for `refusion`.
-        tile: side of the tiles that large pictures are cut into; 0 never cuts; by default
-            pictures beyond 1280×1024 pixels are cut into tiles of 768. ReFusion attends over the
-            whole picture, so tiles approximate its result (to about 1/255 at the mean).
+        tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion streams
+            (see `models.streaming`): tiles give its result to rounding, and are the default on a
+            CPU. Other networks fuse overlapping tiles, by default of 768 beyond 1280×1024 pixels.
         device: by default a GPU if there is one; a network of yours stays where it is.
 
     Returns:
@@ -149,12 +151,9 @@ def _fuse_pair(
         )
     pair = luminance(image_a)[None], luminance(image_b)[None]
     height, width = image_a.shape[-2:]
-    if tile is None:
-        tile = 0 if height * width <= WHOLE_PIXELS else TILE
-    side = tile or max(height, width)  # one tile as large as the picture
     training = network.training
     try:
-        fused = fuse_tiled(network.eval(), *pair, side, side // 16)
+        fused = _run(network.eval(), *pair, tile)
     finally:
         network.train(training)  # the network may be somebody's, in the middle of its training
     # Once, after blending: tile by tile it would show as a patchwork.
@@ -162,6 +161,24 @@ def _fuse_pair(
     if color == "gray" or image_a.shape[0] == image_b.shape[0] == 1:
         return fused
     return to_rgb(fused, fuse_chroma(chroma(image_a), chroma(image_b)))
+
+
+def _run(network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int | None) -> torch.Tensor:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    streams = hasattr(network, "stream")
+    if tile is None:
+        large = a.numel() > WHOLE_PIXELS
+        if streams:
+            tile = STREAM_TILE_GPU if large else 0
+            if device.type == "cpu":
+                tile = STREAM_TILE_CPU
+        else:
+            tile = TILE if large else 0
+    if not tile or max(a.shape[-2:]) <= tile:
+        return network(a.to(device), b.to(device)).cpu()
+    if streams:
+        return network.stream(a.to(device), b.to(device), tile).cpu()
+    return fuse_tiled(network, a, b, tile, tile // 8)
 
 
 def _name(image: ImageLike, role: str) -> str:

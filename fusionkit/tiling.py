@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
-
-from fusionkit.models.blocks import ChannelStatistics
 
 
 def fuse_tiled(
@@ -18,10 +15,8 @@ def fuse_tiled(
 
     Neighbouring tiles share `overlap` pixels, across which one fades into the other linearly.
 
-    Where a network attends over the whole picture (`blocks.ChannelStatistics`), a first pass sums
-    the statistics of all tiles, and in the second pass every tile attends by the picture's sums in
-    place of its own. Padding at the tiles' edges enters the sums, so the result still is an
-    approximation, but a close one, and without a patchwork.
+    Exact for a network whose result at a pixel depends on less than `overlap` around it, but for
+    the fading; a network that sees the whole picture offers `stream` instead.
 
     Raises:
         ValueError: the overlap is not smaller than half a tile.
@@ -29,20 +24,6 @@ def fuse_tiled(
     if not 0 <= 2 * overlap < tile:
         raise ValueError(f"overlap {overlap}; expected from 0 to less than half the tile, {tile}")
     windows = list(_windows(a, tile, overlap))
-    if len(windows) == 1:
-        return _run(network, a, b, windows[0])
-    if not any(isinstance(module, ChannelStatistics) for module in network.modules()):
-        return _blend(network, a, b, windows, overlap)
-    with _sums_recorded(network) as sums:
-        for window in _windows(a, tile, 0):
-            _run(network, a, b, window)
-    with _sums_replaced(network, sums):
-        return _blend(network, a, b, windows, overlap)
-
-
-def _blend(
-    network: nn.Module, a: torch.Tensor, b: torch.Tensor, windows: list[tuple], overlap: int
-) -> torch.Tensor:
     height, width = a.shape[-2:]
     total = torch.zeros_like(a, device="cpu")
     weight = torch.zeros(1, 1, height, width)
@@ -87,38 +68,3 @@ def _fade(span: slice, length: int, overlap: int) -> torch.Tensor:
     if span.stop < length:
         fade = torch.minimum(fade, ramp.flip(0))
     return fade
-
-
-@contextmanager
-def _sums_recorded(network: nn.Module) -> Iterator[dict[nn.Module, tuple]]:
-    """The statistics of each attention, summed over all calls while the context is open."""
-    sums: dict[nn.Module, tuple] = {}
-
-    def add(module: nn.Module, inputs: tuple, output: tuple) -> None:
-        before = sums.get(module)
-        sums[module] = (
-            output if before is None else tuple(x + y for x, y in zip(before, output, strict=True))
-        )
-
-    with _hooked(network, add):
-        yield sums
-
-
-@contextmanager
-def _sums_replaced(network: nn.Module, sums: dict[nn.Module, tuple]) -> Iterator[None]:
-    with _hooked(network, lambda module, inputs, output: sums[module]):
-        yield
-
-
-@contextmanager
-def _hooked(network: nn.Module, hook) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(hook)
-        for module in network.modules()
-        if isinstance(module, ChannelStatistics)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

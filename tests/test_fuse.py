@@ -15,7 +15,6 @@ from fusionkit.fuse import fuse, fuse_folders, stretch_to_range
 from fusionkit.images import save_image, to_tensor
 from fusionkit.models.refusion import ReFusion
 from fusionkit.models.registry import save_weights
-from fusionkit.tiling import spans
 
 SIZES = [(8, 8), (9, 13), (131, 157)]
 
@@ -216,39 +215,14 @@ def test_tiles_leave_no_trace_of_a_local_network(tile):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
-def steps_across(image: torch.Tensor, tile: int, axis: int, at_edges: bool) -> torch.Tensor:
-    """Mean |difference of neighbours| of (1, H, W) across the tiles' edges, or elsewhere."""
-    length = image.shape[axis]
-    edges = {x for span in spans(length, tile, tile // 8) for x in span} - {0, length}
-    wanted = [x - 1 for x in range(1, length) if (x in edges) == at_edges]
-    return image.diff(dim=axis).abs().index_select(axis, torch.tensor(wanted)).mean()
-
-
-def test_tiles_of_the_authors_network_are_close_and_leave_no_seam(shared):
-    size = (700, 560)
+@pytest.mark.parametrize("tile", [None, 96])
+def test_tiles_of_a_network_that_streams_give_the_whole_picture(shared, tile):
     folder = shared / "data" / "roadscene" / "test"
-    a, b = (
-        Image.open(folder / source / "FLIR_06570.jpg").convert("L").resize(size, Image.BICUBIC)
-        for source in ("ir", "vi")
-    )
+    pair = [folder / source / "FLIR_06570.jpg" for source in ("ir", "vi")]
     weights = shared / "weights" / "refusion_ivif.safetensors"
-    whole, large, small = (
-        fuse(a, b, checkpoint=weights, stretch=False, tile=t, device="cpu") for t in (0, 512, 320)
-    )
-    assert whole.shape == large.shape == small.shape == (1, size[1], size[0])
-    # Each tile has its own statistics: the smaller it is beside the picture, the farther it is.
-    assert 0 < (large - whole).abs().mean() < 1 / 255
-    assert (small - whole).abs().mean() < 4 / 255
-    for tile, tiled in ((512, large), (320, small)):
-        for axis in (1, 2):
-            steps = {
-                edges: steps_across(tiled, tile, axis, edges)
-                / steps_across(whole, tile, axis, edges)
-                for edges in (True, False)
-            }
-            assert steps[True] < 1.05 * steps[False]  # without blending 1.4
-            # The difference to the whole has no step there either; without blending 4.7.
-            assert steps_across(tiled - whole, tile, axis, True) < 1 / 255
+    whole, tiled = (fuse(*pair, checkpoint=weights, tile=t, device="cpu") for t in (0, tile))
+    assert whole.shape == tiled.shape
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-4)
 
 
 # Refusals

@@ -17,6 +17,7 @@ from fusionkit.models.blocks import (
     conv3x3,
     restormer_stage,
 )
+from fusionkit.models.streaming import Walk
 
 
 class GatedProjection(nn.Module):
@@ -116,6 +117,55 @@ class ReFusion(nn.Module):
         """Luminances a, b (B, 1, H, W) in [0, 1] -> fused (B, 1, H, W) in (0, 1); any H and W."""
         features = self.fusion(self.encoder_a(self.stem_a(a)), self.encoder_b(self.stem_b(b)))
         out = self.head(self.decoder(features))
+        return out * a + (1 - out) * b if self.decision else out
+
+    @torch.no_grad()
+    def stream(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        tile: int = 256,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """`forward`'s result without its memory: no gradients, any size, exact to rounding.
+
+        Attention over channels sees the whole picture, so tiles cannot be fused one by one. Here
+        every stage walks over tiles of side `tile`; 2·dim channels of type `dtype` are held at full
+        size, and nothing else is.
+        """
+        walk = Walk(*a.shape[-2:], tile)
+        channels = 2 * self.stem_a.out_channels
+        features = torch.empty(
+            (len(a), channels, *a.shape[-2:]),
+            dtype=dtype,
+            device=a.device,
+            memory_format=torch.channels_last,
+        )
+        halves = features.chunk(2, dim=1)
+        for source, stem, encoder, half in zip(
+            (a, b),
+            (self.stem_a, self.stem_b),
+            (self.encoder_a, self.encoder_b),
+            halves,
+            strict=True,
+        ):
+            walk.read(stem, source, half, halo=1)
+            for block in encoder:
+                walk.block(block, half)
+        fusion = self.fusion
+        if fusion.interaction is None:
+            walk.update(lambda x: fusion(*x.chunk(2, dim=1)), features, halo=1)
+        else:
+            walk.attend(
+                lambda x: fusion(*x.chunk(2, dim=1)),
+                lambda x: fusion.interaction(*x.chunk(2, dim=1)),
+                features,
+                fusion,
+            )
+        for block in self.decoder:
+            walk.block(block, features)
+        out = torch.empty_like(a)
+        walk.read(self.head, features, out, halo=2)
         return out * a + (1 - out) * b if self.decision else out
 
 
