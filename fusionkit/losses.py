@@ -5,17 +5,107 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from fusionkit.names import check_name
 
-def sobel(image: torch.Tensor) -> torch.Tensor:
+
+def sobel(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
     """∇I: the Sobel gradient's magnitude |∂x I| + |∂y I|, kernel weights 1 2 1.
 
-    (B, 1, H, W) -> (B, 1, H, W). The border is replicated, so that a flat picture has no edges.
+    (B, 1, H, W) -> (B, 1, H, W). The border is replicated, so that a flat picture has no edges;
+    "zeros" pads with black, as the releases of TDFusion and FRUFN do.
     """
     smooth = image.new_tensor([1.0, 2.0, 1.0])
     differ = image.new_tensor([-1.0, 0.0, 1.0])
     kernels = torch.stack([torch.outer(smooth, differ), torch.outer(differ, smooth)])[:, None]
-    padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    mode = "constant" if border == "zeros" else border
+    padded = F.pad(image, (1, 1, 1, 1), mode=mode)
     return F.conv2d(padded, kernels).abs().sum(dim=1, keepdim=True)
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor, border: str = "valid") -> torch.Tensor:
+    """Mean structural similarity of (B, C, H, W) pictures in [0, 1], for use in a loss; a scalar.
+
+    Gaussian window of 11 with σ 1.5, C1 = 1e-4, C2 = 9e-4. `border`: "valid" leaves windows out
+    that reach beyond the picture; "zeros" pads with black, as the releases of TC-MoA and FRUFN do
+    in most of their terms.
+
+    Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
+    2004.
+    """
+    position = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
+    window = torch.softmax(-position.square() / (2 * 1.5**2), dim=0)
+    padding = 5 if border == "zeros" else 0
+    stack = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
+    blurred = F.conv2d(stack, window.view(1, 1, 1, 11), padding=(0, padding))
+    blurred = F.conv2d(blurred, window.view(1, 1, 11, 1), padding=(padding, 0))
+    mean_x, mean_y, xx, yy, xy = blurred.chunk(5)
+    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
+    luminance = (2 * product + 1e-4) / (squares + 1e-4)
+    contrast_structure = (2 * (xy - product) + 9e-4) / (xx + yy - squares + 9e-4)
+    return (luminance * contrast_structure).mean()
+
+
+def maximum_intensity_loss(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+    """Mean |fused - max(a, b)|: equation 5 of the gradient transfer paper, and many others'."""
+    return (fused - torch.maximum(a, b)).abs().mean()
+
+
+def maximum_gradient_loss(
+    a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor, border: str = "replicate"
+) -> torch.Tensor:
+    """Mean |∇fused - max(∇a, ∇b)|: equation 6 of the gradient transfer paper."""
+    strongest = torch.maximum(sobel(a, border), sobel(b, border))
+    return (sobel(fused, border) - strongest).abs().mean()
+
+
+def structure_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    weighting: str = "equal",
+    border: str = "valid",
+) -> torch.Tensor:
+    """How far the fused picture's structure is from the sources', by SSIM; a scalar.
+
+    Args:
+        weighting: "equal" is (1 - SSIM(fused, a)) + (1 - SSIM(fused, b)), equation 7 of the
+            gradient transfer paper; "gradient" is 1 - w_a SSIM(fused, a) - w_b SSIM(fused, b)
+            with w the sources' shares of the mean gradient, as in its release.
+        border: as `ssim` takes it; with "zeros" the gradients are padded so too.
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+    check_name(weighting, ("equal", "gradient"), "weighting")
+    similarity_a, similarity_b = ssim(fused, a, border), ssim(fused, b, border)
+    if weighting == "equal":
+        return 2 - similarity_a - similarity_b
+    edges = "zeros" if border == "zeros" else "replicate"
+    share_a, share_b = sobel(a, edges).mean(), sobel(b, edges).mean()
+    total = (share_a + share_b).clamp_min(torch.finfo(a.dtype).tiny)
+    return 1 - (share_a * similarity_a + share_b * similarity_b) / total
+
+
+def gradient_transfer_loss(
+    teacher: torch.Tensor, student: torch.Tensor, form: str = "paper", border: str = "replicate"
+) -> torch.Tensor:
+    """What the student lacks of the teacher's edges: L_gt of the gradient transfer paper; a scalar.
+
+    Args:
+        teacher: the fused picture of the stage before; no gradient goes there.
+        form: "paper" is equation 3, mean max(∇teacher - ∇student, 0): edges beyond the teacher's
+            cost nothing. "released" is mean |∇teacher·m - ∇student·m| with
+            m = max(∇teacher, ∇student), which punishes both.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    check_name(form, ("paper", "released"), "form")
+    teacher, student = sobel(teacher.detach(), border), sobel(student, border)
+    if form == "paper":
+        return (teacher - student).clamp_min(0).mean()
+    strongest = torch.maximum(teacher, student)
+    return (strongest * (teacher - student)).abs().mean()
 
 
 def weighted_fusion_loss(

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fusionkit.losses import reconstruction_loss, sobel, weighted_fusion_loss
+from fusionkit.losses import (
+    gradient_transfer_loss,
+    maximum_gradient_loss,
+    maximum_intensity_loss,
+    reconstruction_loss,
+    sobel,
+    ssim,
+    structure_loss,
+    weighted_fusion_loss,
+)
 
 
 def naive_sobel(image: torch.Tensor) -> torch.Tensor:
@@ -146,3 +155,64 @@ def test_reconstruction_loss_is_symmetric_and_zero_at_the_sources():
     reconstruction_loss(a, b, near, far, alpha=0).backward()
     assert near.grad.abs().max() == 0
     assert far.grad.abs().max() > 0
+
+
+# Terms of the gradient transfer paper, against the authors' code
+
+
+@pytest.fixture(scope="module")
+def released(shared):
+    with np.load(shared / "golden" / "frufn_extra.npz") as file:
+        return {key[2:]: torch.from_numpy(file[key]) for key in file.files if key[:2] == "l_"}
+
+
+def test_terms_agree_with_the_release(released):
+    a, b, fused, teacher = (released[key] for key in ("a", "b", "f", "t"))
+    found = {
+        "sobel_sum": sobel(fused, "zeros").sum(),
+        "intensity": maximum_intensity_loss(a, b, fused),
+        "grad": maximum_gradient_loss(a, b, fused, "zeros"),
+        "ssim_weighted": 1 - structure_loss(a, b, fused, "gradient", "zeros"),
+        "ssim_pad": ssim(fused, teacher, "zeros"),
+        "ssim_loss_valid": 1 - ssim(fused, teacher),
+        "gt_grad": gradient_transfer_loss(teacher, fused, "released", "zeros"),
+    }
+    for name, value in found.items():
+        assert value.item() == pytest.approx(released[name].item(), rel=1e-5), name
+
+
+def test_ssim_of_a_picture_with_itself_and_with_its_negative():
+    x = torch.rand(2, 1, 20, 24, generator=torch.Generator().manual_seed(0))
+    for border in ("valid", "zeros"):
+        assert ssim(x, x, border).item() == pytest.approx(1, abs=1e-5)
+    assert ssim(x, 1 - x).item() < -0.9
+
+
+def test_structure_loss_adds_or_weighs_by_gradient():
+    flat = torch.full((1, 1, 16, 16), 0.5)
+    edges = flat.clone()
+    edges[..., 8:] = 0.9
+    equal = structure_loss(edges, flat, flat)
+    assert equal.item() == pytest.approx(1 - ssim(flat, edges).item(), abs=1e-5)
+    # All of the gradient is in `edges`, so it has all the weight.
+    weighted = structure_loss(edges, flat, flat, "gradient")
+    assert weighted.item() == pytest.approx(equal.item(), abs=1e-5)
+    assert structure_loss(flat, flat, flat, "gradient").isfinite()
+    with pytest.raises(ValueError, match=r"'sum'.*equal"):
+        structure_loss(flat, flat, flat, "sum")
+
+
+def test_gradient_transfer_asks_for_the_teachers_edges_only():
+    ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
+    assert gradient_transfer_loss(ramp, 2 * ramp).item() == 0
+    # A Sobel response of a ramp with slope s is 8 s; half of it is missing, less at the border.
+    expected = (8 / 15 / 2) * (14 + 2 * 0.5) / 16
+    student = (ramp / 2).requires_grad_()
+    loss = gradient_transfer_loss(ramp, student)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.autograd.grad(loss, student)[0].abs().sum() > 0
+    assert gradient_transfer_loss(ramp, 2 * ramp, "released").item() > 0.1
+    teacher = ramp.clone().requires_grad_()
+    assert not gradient_transfer_loss(teacher, ramp).requires_grad
+    with pytest.raises(ValueError, match=r"'l2'.*paper"):
+        gradient_transfer_loss(ramp, ramp, "l2")
