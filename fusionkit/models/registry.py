@@ -15,12 +15,23 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fusionkit.images import write_atomically
-from fusionkit.models.official import to_ours
+from fusionkit.models.caf import CAF
+from fusionkit.models.colornet import ColorNet
+from fusionkit.models.frufn import EFRUFN, FRUFN
+from fusionkit.models.official import release_options, to_ours
 from fusionkit.models.refusion import ReFusion
+from fusionkit.models.tcmoa import tcmoa_base, tcmoa_large, tcmoa_tiny
 from fusionkit.names import TASKS, check_name, check_task
 
 # What safetensors and torch raise for a file that is cut short or is something else.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
+# In place of torch's advice, which is to run the code in the file.
+_PICKLED = (
+    "it holds pickled Python objects, which run code when loaded, and fusionkit never loads them; "
+    "if you trust the file, load it with its authors' code, such as net = torch.load(path, "
+    'weights_only=False)["fuse"] for CAF, and give fusionkit what '
+    'torch.save(net.state_dict(), "weights.pth") writes'
+)
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -33,15 +44,26 @@ class ModelEntry:
         stretch: whether the recipe of its paper stretches the output to its own minimum and
             maximum.
         paper: where it comes from.
+        routed: whether one network serves several tasks, and is told which.
     """
 
     build: Callable[..., nn.Module]
     stretch: bool
     paper: str
+    routed: bool = False
 
 
+_UNFOLDING = "Wang et al., gradient transfer learning and fusion rule unfolding"
+_TCMOA = "Zhu et al., TC-MoA, CVPR 2024"
 MODELS = {
     "refusion": ModelEntry(ReFusion, stretch=True, paper="Bai et al., ReFusion, IJCV 2024"),
+    "caf": ModelEntry(CAF, stretch=False, paper="Liu et al., CAF, IJCAI 2024"),
+    "tcmoa_tiny": ModelEntry(tcmoa_tiny, stretch=False, paper=_TCMOA, routed=True),
+    "tcmoa_base": ModelEntry(tcmoa_base, stretch=False, paper=_TCMOA, routed=True),
+    "tcmoa_large": ModelEntry(tcmoa_large, stretch=False, paper=_TCMOA, routed=True),
+    "frufn": ModelEntry(FRUFN, stretch=False, paper=_UNFOLDING),
+    "efrufn": ModelEntry(EFRUFN, stretch=False, paper=_UNFOLDING),
+    "colornet": ModelEntry(ColorNet, stretch=False, paper=_UNFOLDING),
 }
 
 
@@ -69,9 +91,12 @@ def create_model(
 ) -> nn.Module:
     """Build a fusion network: `forward(a, b) -> fused` on (B, 1, H, W) in [0, 1].
 
+    For the authors' weights it is built to behave as their release does, unless `options` differ.
+
     Args:
         name: one of `list_models()`.
-        task: `ivif`, `mfif`, `meif` or `mif`; chooses the pretrained weights.
+        task: `ivif`, `mfif`, `meif` or `mif`; chooses the pretrained weights, and in TC-MoA the
+            router that `forward` takes by default.
         pretrained: load the weights that ship with fusionkit for this task.
         checkpoint: weights from a file instead: ours (`.safetensors`, or a training run's
             `checkpoint.pt`) or the authors' (`.pth` or safetensors; recognised by their keys).
@@ -87,12 +112,15 @@ def create_model(
         check_task(task)
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained=True or a checkpoint, not both")
-    model = entry.build(**options)
+    if entry.routed and task is not None:
+        options = {"task": task, **options}
     if pretrained:
         checkpoint = pretrained_path(name, task)
-    if checkpoint is not None:
-        load_checkpoint(model, name, checkpoint)
-    return model
+    if checkpoint is None:
+        return entry.build(**options)
+    state = read_state(Path(checkpoint))
+    model = entry.build(**{**release_options(name, state), **options})
+    return _fill(model, name, state, Path(checkpoint))
 
 
 def pretrained_path(name: str, task: str | None) -> Path:
@@ -108,17 +136,29 @@ def pretrained_path(name: str, task: str | None) -> Path:
 def load_checkpoint(model: nn.Module, name: str, path: str | os.PathLike) -> nn.Module:
     """Fill `model`, built as `name`, from a file: every key must be there, and no other.
 
+    The model's options stay: for the authors' weights, `create_model` also chooses those.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a file of tensors, or one of another network; the message names the keys.
     """
     path = Path(path)
-    state = read_state(path)
-    expected = model.state_dict()
+    return _fill(model, name, read_state(path), path)
+
+
+def _fill(model: nn.Module, name: str, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
     try:
         state = to_ours(name, state)
     except ValueError as error:
         raise ValueError(f"{path}: not a checkpoint of {name}: {error}") from error
+    if complaint := mismatch(model.state_dict(), state):
+        raise ValueError(f"{path}: not a checkpoint of {name}: {complaint}")
+    model.load_state_dict(state)
+    return model
+
+
+def mismatch(expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
+    """What is wrong with the keys and shapes of `state`, in words; empty if nothing is."""
     complaints = []
     for kind, keys in (
         ("missing keys", expected.keys() - state.keys()),
@@ -132,10 +172,7 @@ def load_checkpoint(model: nn.Module, name: str, path: str | os.PathLike) -> nn.
         for key, value in expected.items()
         if state[key].shape != value.shape
     ]
-    if complaints:
-        raise ValueError(f"{path}: not a checkpoint of {name}: {'; '.join(complaints[:3])}")
-    model.load_state_dict(state)
-    return model
+    return "; ".join(complaints[:3])
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -151,6 +188,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            reason = _PICKLED
         raise ValueError(f"{path}: not a readable file of weights ({reason})") from error
     run = state.get("method") if isinstance(state, dict) else None
     if isinstance(run, dict) and isinstance(run.get("modules"), dict):
