@@ -2,5 +2,17 @@
 
 from fusionkit.datasets.catalogue import dataset_info, list_datasets, load_dataset
 from fusionkit.datasets.folders import PairFolder, RandomCrops
+from fusionkit.datasets.generated import GeneratedPairs
+from fusionkit.datasets.labelled import LabelledCrops, LabelledFolder, collate_labelled
 
-__all__ = ["PairFolder", "RandomCrops", "dataset_info", "list_datasets", "load_dataset"]
+__all__ = [
+    "GeneratedPairs",
+    "LabelledCrops",
+    "LabelledFolder",
+    "PairFolder",
+    "RandomCrops",
+    "collate_labelled",
+    "dataset_info",
+    "list_datasets",
+    "load_dataset",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 from fusionkit.datasets.download import download_split, read_hashes
 from fusionkit.datasets.entries import ENTRIES, DatasetInfo, Layout
 from fusionkit.datasets.folders import PairFolder
+from fusionkit.datasets.labelled import LabelledFolder, PackedFolder
 from fusionkit.names import check_name, check_task
 
 # The lists belong to the repository, not to the package: an installed wheel has none and knows
@@ -45,7 +46,8 @@ def load_dataset(
     download: bool = False,
     names: Iterable[str] | None = None,
     luminance: bool = False,
-) -> PairFolder:
+    labels: bool = False,
+) -> PairFolder | LabelledFolder:
     """The pairs of a named data set, in fusionkit's layout NAME/SPLIT/SOURCE or as published.
 
     Args:
@@ -58,22 +60,33 @@ def load_dataset(
             copy that fusionkit was tested with.
         names: use only these pairs.
         luminance: give one-channel luminance.
+        labels: items gain `labels` (H, W) int64, or `boxes` (N, 4) and `classes` (N,): see
+            `LabelledFolder`. `dataset_info(name)` has the names of the classes, and which it is.
 
     Raises:
-        ValueError: unknown name or split, `names` outside the split, or what `PairFolder` finds
-            wrong with the files; with `download`, no plain files or a wrong hash.
+        ValueError: unknown name or split, `labels` of a set that has none, `names` outside the
+            split, or what `PairFolder` finds wrong with the files; with `download`, no plain files
+            or a wrong hash.
         FileNotFoundError: nothing found; the message says what was looked for and where to get it.
     """
     info = dataset_info(name)
     if split not in info.splits:
         raise ValueError(f"{name} has no split {split!r}; known: {', '.join(info.splits)}")
+    if labels and not info.labels:
+        having = ", ".join(known.name for known in ENTRIES if known.labels)
+        raise ValueError(f"{name} has no labels; those with labels: {having}")
     options = {"names": names, "luminance": luminance}
     looked = []
     for folder, layout in _candidates(info, split, root):
+        if labels and not layout.labels:
+            continue
         pair = [folder / path.format(split=split) for path in (layout.a, layout.b)]
-        if _holds(*pair, layout):
-            return _open(info, split, layout, pair, **options)
-        looked.append(f"  {pair[0]} and {pair[1]}" + _files(layout))
+        marked = folder / layout.labels.format(split=split)
+        if _holds(*pair, layout) and (marked.is_dir() or not labels):
+            pairs = _open(info, split, layout, folder, pair, **options)
+            return LabelledFolder(pairs, marked, info.labels, info.classes) if labels else pairs
+        extra = f", labels in {marked}" if labels else ""
+        looked.append(f"  {pair[0]} and {pair[1]}" + _files(layout) + extra)
     if not download:
         raise FileNotFoundError(_how_to_get(info, split, looked))
     where = Path(root) if root is not None else Path(os.environ.get("FUSIONKIT_DATA") or "data")
@@ -122,6 +135,10 @@ def _row(info: DatasetInfo) -> tuple[str, ...]:
 
 def _described(layout: Layout) -> str:
     text = f"`{layout.a}`, `{layout.b}`".replace("{split}", "SPLIT") + _files(layout)
+    if layout.packed:
+        text = f"`{layout.a}` (four channels, split by `{layout.split_list}`)".replace(
+            "{split}", "SPLIT"
+        )
     if layout.splits:
         text += f" for {', '.join(layout.splits)}"
     if layout.labels:
@@ -166,16 +183,32 @@ def _open(
     info: DatasetInfo,
     split: str,
     layout: Layout,
+    folder: Path,
     pair: list[Path],
     names: Iterable[str] | None,
     luminance: bool,
 ) -> PairFolder:
-    if layout.listed:
-        listed = split_names(info.name, split)
+    if layout.listed or layout.split_list:
+        listed = (
+            _listed_stems(folder / layout.split_list.format(split=split))
+            if layout.split_list
+            else split_names(info.name, split)
+        )
         names = listed if names is None else list(names)
         if strangers := sorted(set(names) - set(listed)):
             raise ValueError(f"not in {info.name}'s split {split!r}: {', '.join(strangers)}")
+    if layout.packed:
+        return PackedFolder(pair[0], names, luminance)
     return PairFolder(*pair, names=names, luminance=luminance, endings=layout.endings)
+
+
+def _listed_stems(path: Path) -> list[str]:
+    """The stems of a release's own list, one a line, with or without a suffix."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list, which tells the pairs of the split")
+    lines = path.read_text(encoding="utf-8").split()
+    # MFNet's list for training names flipped copies too; crops are flipped anyway.
+    return [Path(line).stem for line in lines if not Path(line).stem.endswith("_flip")]
 
 
 def _how_to_get(info: DatasetInfo, split: str, looked: list[str]) -> str:

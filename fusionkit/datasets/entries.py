@@ -16,7 +16,9 @@ class Layout:
 
     `splits` are those that this layout holds (empty: all). `listed` means that one folder holds
     the pairs of every split, to be picked by the lists in data/splits. `endings` tells a from b
-    where file names differ (see `PairFolder`). `labels` is where the task's labels lie.
+    where file names differ (see `PairFolder`). `labels` is where the task's labels lie. `packed`
+    means four-channel pictures in one folder (see `PackedFolder`), `split_list` the publisher's own
+    list of a split's pairs.
     """
 
     a: str
@@ -25,6 +27,8 @@ class Layout:
     listed: bool = False
     endings: tuple[str, str] = ("", "")
     labels: str = ""
+    packed: bool = False
+    split_list: str = ""
     verified: bool = False
 
 
@@ -34,7 +38,9 @@ class DatasetInfo:
 
     `pairs` counts the published pairs, `sources` are the folder names of a and b in fusionkit's own
     layout NAME/SPLIT/SOURCE, `folders` other names of the data set's folder, `source` the
-    publisher's page. `urls` are the folders of plain files for a and b that can be downloaded.
+    publisher's page. `labels` is "maps" or "boxes" for sets that have them, and `classes` the names
+    of their classes by number. `urls` are the folders of plain files for a and b that can be
+    downloaded.
     """
 
     name: str
@@ -49,13 +55,17 @@ class DatasetInfo:
     published: tuple[Layout, ...] = ()
     folders: tuple[str, ...] = ()
     note: str = ""
+    labels: str = ""
+    classes: tuple[str, ...] = ()
     urls: tuple[str, str] | None = None
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """fusionkit's layout, then the published ones."""
         a, b = self.sources
-        return (Layout(f"{{split}}/{a}", f"{{split}}/{b}", verified=True), *self.published)
+        labels = "{split}/labels" if self.labels else ""
+        own = Layout(f"{{split}}/{a}", f"{{split}}/{b}", labels=labels, verified=True)
+        return (own, *self.published)
 
 
 def _harvard(modality: str, pairs: int) -> DatasetInfo:
@@ -72,6 +82,15 @@ def _harvard(modality: str, pairs: int) -> DatasetInfo:
         note="The atlas publishes single slices; the pairs have to be gathered by hand.",
     )
 
+
+# The names by number, as the papers or releases list them; the numbers of FMB's label maps and of
+# YOLO text for M3FD were not checked against the releases.
+_MFNET = "unlabelled, car, person, bike, curve, car stop, guardrail, color cone, bump"
+_FMB = (
+    "background, road, sidewalk, building, traffic light, traffic sign, vegetation, sky, person, "
+    "car, truck, bus, motorcycle, bicycle, pole"
+)
+_M3FD = "People, Car, Bus, Lamp, Motorcycle, Truck"
 
 _ROADSCENE = "https://raw.githubusercontent.com/hanna-xu/RoadScene/HEAD"
 
@@ -114,9 +133,11 @@ ENTRIES = (
         "https://github.com/Linfeng-Tang/MSRS",
         "not stated; built from MFNet",
         "Tang et al., PIAFusion, Information Fusion 2022",
-        folders=("MSRS", "MSRS-main"),
-        note="`git clone` of the repository gives this layout; label maps, unverified, in "
-        "SPLIT/Segmentation_labels.",
+        (Layout("{split}/ir", "{split}/vi", labels="{split}/Segmentation_labels"),),
+        ("MSRS", "MSRS-main"),
+        "`git clone` of the repository gives this layout.",
+        labels="maps",
+        classes=tuple(_MFNET.split(", ")),
     ),
     DatasetInfo(
         "m3fd",
@@ -139,6 +160,8 @@ ENTRIES = (
         ),
         ("M3FD",),
         "Our convention: train = the 4,200 pairs for detection, test = the 300 for fusion.",
+        labels="boxes",
+        classes=tuple(_M3FD.split(", ")),
     ),
     DatasetInfo(
         "fmb",
@@ -152,6 +175,8 @@ ENTRIES = (
         "Liu et al., Multi-interactive Feature Learning (SegMiF), ICCV 2023",
         (Layout("{split}/Infrared", "{split}/Visible", labels="{split}/Label"),),
         ("FMB",),
+        labels="maps",
+        classes=tuple(_FMB.split(", ")),
     ),
     DatasetInfo(
         "mfnet",
@@ -163,8 +188,11 @@ ENTRIES = (
         "https://www.mi.t.u-tokyo.ac.jp/static/projects/mil_multispectral/",
         "not checked",
         "Ha et al., MFNet: Towards Real-time Semantic Segmentation, IROS 2017",
-        folders=("MFNet",),
-        note="The release has the thermal picture as fourth channel of one PNG: split it first.",
+        (Layout("images", "images", labels="labels", packed=True, split_list="{split}.txt"),),
+        ("MFNet",),
+        "The release has the thermal picture as fourth channel of one PNG.",
+        labels="maps",
+        classes=tuple(_MFNET.split(", ")),
     ),
     DatasetInfo(
         "llvip",
@@ -178,6 +206,8 @@ ENTRIES = (
         "Jia et al., LLVIP: A Visible-infrared Paired Dataset for Low-light Vision, ICCVW 2021",
         (Layout("infrared/{split}", "visible/{split}", labels="Annotations", verified=True),),
         ("LLVIP",),
+        labels="boxes",
+        classes=("person",),
     ),
     DatasetInfo(
         "realmff",

@@ -131,7 +131,7 @@ def _size(image: torch.Tensor) -> str:
 
 
 class RandomCrops(Dataset):
-    """`count` square luminance crops of a data set of pairs, repeatable item by item.
+    """`count` square crops of a data set of pairs, repeatable item by item.
 
     Item k depends on (`seed`, k) alone: which pair, where the crop lies, how it is flipped and
     turned. A run resumed at item k, or spread over any number of workers or processes, therefore
@@ -147,9 +147,10 @@ class RandomCrops(Dataset):
         cache_gb: decoded pairs are kept as float32 luminance (exact; 8 bytes a pixel of a pair, so
             RoadScene's 171 take about 0.2 GB) until they fill this much memory, in each worker
             process; the rest are decoded anew at each use.
+        color: crops of RGB in place of luminance; gray pictures have three equal channels.
 
-    Item: `{"a": (1, size, size), "b": (1, size, size)}`, and "target" where every source has one,
-    so that the default collate works.
+    Item: `{"a": (C, size, size), "b": (C, size, size)}`, C = 1, or 3 with `color`, and "target"
+    where every source has one, so that the default collate works.
 
     Raises:
         ValueError: a size, count or seed out of range, or an empty data set; on reading, pictures
@@ -164,6 +165,7 @@ class RandomCrops(Dataset):
         seed: int = 0,
         augment: bool = True,
         cache_gb: float = 2.0,
+        color: bool = False,
     ):
         pairs = len(dataset)
         if pairs == 0:
@@ -175,7 +177,7 @@ class RandomCrops(Dataset):
                 "and a seed of at least 0"
             )
         self.dataset, self.size, self.count = dataset, size, count
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment, self.color = seed, augment, color
         self.keys = ("a", "b", "target") if _all_have_target(dataset) else ("a", "b")
         self._order: tuple[int, np.ndarray] | None = None
         self._cache: dict[int, torch.Tensor] = {}
@@ -188,17 +190,27 @@ class RandomCrops(Dataset):
         if not 0 <= k < self.count:
             raise IndexError(f"crop {k} of {self.count}")
         planes = self._planes(self.pair_index(k))
-        rng = np.random.default_rng((self.seed, 1, k))
         planes = _pad_to(planes, self.size)
-        top = rng.integers(planes.shape[-2] - self.size + 1)
-        left = rng.integers(planes.shape[-1] - self.size + 1)
-        crop = planes[:, top : top + self.size, left : left + self.size]
-        if self.augment:
-            if rng.integers(2):
-                crop = crop.flip(-1)
-            crop = crop.rot90(int(rng.integers(4)), (-2, -1))
+        crop = self._cut(planes, *self._place(k, *planes.shape[-2:]))
         # A crop is a view into the cached picture until it is cloned.
-        return {key: plane[None].clone() for key, plane in zip(self.keys, crop, strict=True)}
+        crops = crop.unflatten(0, (len(self.keys), -1))
+        return {key: planes.clone() for key, planes in zip(self.keys, crops, strict=True)}
+
+    def _place(self, k: int, height: int, width: int) -> tuple[int, int, bool, int]:
+        """Crop k of a picture of this size: top, left, whether flipped, quarter turns."""
+        rng = np.random.default_rng((self.seed, 1, k))
+        top = int(rng.integers(height - self.size + 1))
+        left = int(rng.integers(width - self.size + 1))
+        if not self.augment:
+            return top, left, False, 0
+        return top, left, bool(rng.integers(2)), int(rng.integers(4))
+
+    def _cut(
+        self, planes: torch.Tensor, top: int, left: int, flipped: bool, turns: int
+    ) -> torch.Tensor:
+        """A view of (N, H, W): cut, then flipped from left to right, then turned."""
+        crop = planes[:, top : top + self.size, left : left + self.size]
+        return (crop.flip(-1) if flipped else crop).rot90(turns, (-2, -1))
 
     def pair_index(self, k: int) -> int:
         """Which item of the underlying data set crop k is cut from."""
@@ -209,7 +221,7 @@ class RandomCrops(Dataset):
         return int(self._order[1][position])
 
     def _planes(self, index: int) -> torch.Tensor:
-        """The luminance planes of an item, (len(keys), H, W)."""
+        """The luminance or RGB planes of an item, (len(keys) · C, H, W)."""
         if index in self._cache:
             return self._cache[index]
         item = self.dataset[index]
@@ -220,7 +232,9 @@ class RandomCrops(Dataset):
         shapes = {key: _size(item[key]) for key in self.keys}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"{named}: sizes differ: {shapes}")
-        planes = torch.cat([luminance(item[key]) for key in self.keys])
+        images = [item[key] for key in self.keys]
+        planes = [x.expand(3, -1, -1) if self.color else luminance(x) for x in images]
+        planes = torch.cat(planes)
         # Every pair is used once a pass, so evicting (LRU) would miss each time: keep what fits.
         if planes.nbytes <= self._cache_left:
             self._cache[index] = planes

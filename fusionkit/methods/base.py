@@ -16,6 +16,22 @@ def cosine(fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
+def warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    """A straight line up to 1 over `warmup` steps, then half a cosine to 0 at step `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return cosine((step - warmup) / max(steps - warmup, 1))
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Two groups for an optimiser: weight decay on matrices, none on biases, norms and scalars."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 class Method:
     """A way to train a fusion network; `training.fit` drives it.
 
@@ -45,6 +61,10 @@ class Method:
     def device(self) -> torch.device:
         return next(self.modules.parameters()).device
 
+    def trained(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a module that are not frozen."""
+        return [p for p in self.modules[name].parameters() if p.requires_grad]
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Move the networks to the accelerator's device, and average gradients with it.
 
@@ -69,11 +89,24 @@ class Method:
         sizes = [t.numel() for t in tensors]
         return [part.view_as(t) for part, t in zip(flat.split(sizes), tensors, strict=True)]
 
-    def update(self, name: str, gradients: Iterable[torch.Tensor]) -> None:
-        """One step of the optimiser `name` with these gradients, averaged over processes."""
-        parameters = list(self.modules[name].parameters())
-        for parameter, gradient in zip(parameters, self.average(list(gradients)), strict=True):
+    def update(
+        self,
+        name: str,
+        gradients: Iterable[torch.Tensor | None],
+        clip: float | None = None,
+    ) -> None:
+        """One step of the optimiser `name` with these gradients, averaged over processes.
+
+        One gradient for each of `trained(name)`; where it is None, the parameter stays as it is.
+        `clip` is the largest L2 norm of the averaged gradient, over all parameters together.
+        """
+        parameters = self.trained(name)
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        averaged = self.average([gradient for _, gradient in pairs])
+        for (parameter, _), gradient in zip(pairs, averaged, strict=True):
             parameter.grad = gradient
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
 

@@ -83,6 +83,11 @@ class UnfoldingNetwork(nn.Module):
         """Features (B, width, H', W') -> a picture of the size of `like`, not clamped."""
         return _crop(self.decoder(features), like)
 
+    def autoencode(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each source from its own features alone, (B, 1, H, W) twice, not clamped."""
+        base, guide = (self.decode(features, a) for features in self.encode(a, b))
+        return (base, guide) if self.base == "a" else (guide, base)
+
     def _trace(
         self,
         like: torch.Tensor,

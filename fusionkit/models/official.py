@@ -120,7 +120,7 @@ def convert_colornet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def convert_caf(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CAF's release (44 entries) to the names of `models.caf.CAF`.
+    """CAF's release (46 entries) to the names of `models.caf.CAF`.
 
     The authors' `.pth` files hold a whole pickled module under the key `fuse`; what is renamed here
     is that module's `state_dict()`.

@@ -189,9 +189,7 @@ class TCMoA(nn.Module):
         """The part that neither task nor control change; `finish(stem, ...)` does the rest."""
         _check_pair(a, b)
         height, width = a.shape[-2:]
-        x = torch.cat([a, b]).expand(-1, 3, -1, -1)
-        x = (mirrored(x, MULTIPLE) - self.mean) / self.std
-        x = F.interpolate(x, scale_factor=ENLARGEMENT, mode="bilinear")
+        x = enlarged(mirrored(torch.cat([a, b]), MULTIPLE), self.mean, self.std)
         tokens = self.patch_embed(x).permute(0, 2, 3, 1)
         tokens = tokens + self._position(self.encoder_position, *tokens.shape[1:3])
         return Stem(self.encoder.stem(tokens), (height, width), a.shape[1] == 1)
@@ -244,6 +242,12 @@ class TCMoA(nn.Module):
         return resized.reshape(1, rows, columns, -1)
 
 
+def enlarged(pictures: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), normalised: what the patches are cut from."""
+    x = (pictures.expand(-1, 3, -1, -1) - mean) / std
+    return F.interpolate(x, scale_factor=ENLARGEMENT, mode="bilinear")
+
+
 def _check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[-2:]) < SMALLEST:
@@ -256,7 +260,7 @@ def _check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def tcmoa_tiny(**options) -> TCMoA:
-    """A network of 0.64 M parameters, for tests and quick runs; no masked autoencoder fits it."""
+    """A network of 0.64 M parameters for quick runs; `MaskedAutoencoder.like` pretrains it."""
     encoder = {"width": 64, "depth": 8, "heads": 4}
     decoder = {"decoder_width": 48, "decoder_depth": 4, "decoder_heads": 4}
     return TCMoA(**encoder | decoder | options)

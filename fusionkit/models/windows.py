@@ -53,17 +53,20 @@ def from_windows(x: torch.Tensor, rows: int, columns: int, window: int = WINDOW)
 def transformer_blocks(
     width: int, depth: int, heads: int, mlp_layer: type[nn.Module] = Mlp
 ) -> nn.ModuleList:
-    """`depth` pre-norm transformer blocks with MLP ratio 4, started as MAE's are."""
+    """`depth` pre-norm transformer blocks with MLP ratio 4, as MAE's."""
     norm = partial(nn.LayerNorm, eps=1e-6)
-    blocks = nn.ModuleList(
+    return nn.ModuleList(
         Block(width, heads, qkv_bias=True, norm_layer=norm, mlp_layer=mlp_layer)
         for _ in range(depth)
     )
-    for module in blocks.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    return blocks
+
+
+def start_as_mae(module: nn.Module) -> None:
+    """Draw the weights of all linear layers in `module` anew, as MAE does."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class WindowedBlocks(nn.Module):
@@ -82,6 +85,7 @@ class WindowedBlocks(nn.Module):
         self.relative_position = nn.ModuleList(
             RelativePositionBias(heads) for _ in range((depth + 1) // 2)
         )
+        start_as_mae(self.blocks)
 
     def run(self, x: torch.Tensor, blocks: range) -> torch.Tensor:
         """Pass (B, rows, columns, C) through these blocks; both sides are multiples of 14."""

@@ -62,7 +62,7 @@ def test_parameters_and_buffers_are_the_releases():
     network = create_model("caf")
     assert sum(p.numel() for p in network.parameters()) == 148_321
     assert sum(b.numel() for b in network.buffers()) == 326
-    assert len(network.state_dict()) == 44
+    assert len(network.state_dict()) == 46
 
 
 def test_authors_names_in_the_real_file(shared):

@@ -1,0 +1,5 @@
+"""Perception networks that guide fusion: segmentation, detection, and the protocol they share."""
+
+from fusionkit.tasks.base import PerceptionTask
+
+__all__ = ["PerceptionTask"]
