@@ -9,7 +9,7 @@ from pathlib import Path
 from fusionkit.datasets import dataset_info, list_datasets
 from fusionkit.fuse import fuse, fuse_folders
 from fusionkit.images import save_image, write_atomically
-from fusionkit.metrics import METRICS, evaluate
+from fusionkit.metrics import METRICS, evaluate, summary
 from fusionkit.models.registry import MODELS, list_models
 from fusionkit.names import TASKS
 
@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="measure fused pictures against their sources")
     for name in ("a", "b", "fused"):
         command.add_argument(name, type=Path, help="a picture, or a folder")
-    command.add_argument("--metrics", nargs="+", help=f"among {', '.join(METRICS)}")
+    command.add_argument("--metrics", nargs="+", help=f"all, or among {', '.join(METRICS)}")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("-o", "--out", type=Path, help="write the table as CSV")
     command.set_defaults(run=_evaluate)
 
@@ -72,12 +73,15 @@ def _fuse(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    table = evaluate(options.a, options.b, options.fused, options.metrics, progress=True)
+    metrics = "all" if options.metrics == ["all"] else options.metrics
+    pictures = options.a, options.b, options.fused
+    table = evaluate(*pictures, metrics, device=options.device, progress=True)
     if options.out:
         write_atomically(options.out, lambda file: file.write(table.to_csv().encode()))
     print(table.to_string(float_format="%.4f"))
     if len(table) > 1:
-        print("\nmean\n" + table.mean().to_string(float_format="%.4f"))
+        print("\nmean, and its 95 % interval over the pictures (bootstrap)")
+        print(summary(table)[["mean", "low", "high"]].to_string(float_format="%.4f"))
     return 0
 
 

@@ -131,6 +131,8 @@ def _network(
                 "checkpoint goes with a model's name; load it into the network yourself"
             )
         return model if device is None else model.to(device)
+    if not model_entry(model).fuses:
+        raise ValueError(f"model {model!r} is no fusion network; expected another of list_models()")
     network = create_model(model, task, pretrained=checkpoint is None, checkpoint=checkpoint)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,6 +36,17 @@ def test_fuse_a_pair_then_evaluate_it(folders, capsys):
     assert 0 < pd.read_csv(table)["entropy"][0] <= 8
 
 
+def test_evaluate_folders_prints_means_with_their_intervals(folders, capsys):
+    roles = [str(folders / role) for role in ("ir", "vi", "vi")]
+    assert main(["evaluate", *roles, "--metrics", "entropy", "rmse"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if "95 %" in line)
+    assert lines[header + 1].split() == ["mean", "low", "high"]
+    for line in lines[-2:]:
+        mean, low, high = map(float, line.split()[1:])
+        assert low <= mean <= high
+
+
 def test_fuse_folders_reports_the_broken_pair_and_goes_on(folders, capsys):
     (folders / "ir" / "two.png").write_bytes(b"\x89PNG, cut short")
     sources = [str(folders / "ir"), str(folders / "vi")]

@@ -228,6 +228,11 @@ def test_tiles_of_a_network_that_streams_give_the_whole_picture(shared, tile):
 # Refusals
 
 
+def test_a_model_that_does_not_fuse_is_refused():
+    with pytest.raises(ValueError, match="'colornet' is no fusion network"):
+        fuse(levels(9, 9), levels(9, 9), model="colornet")
+
+
 def test_sizes_that_differ_are_named(tmp_path, network):
     a = write(tmp_path / "warm.png", levels(9, 13))
     b = write(tmp_path / "bright.png", levels(10, 14))

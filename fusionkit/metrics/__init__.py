@@ -1,20 +1,26 @@
 """Fusion metrics: functions `metric(a, b, fused) -> (B,)`, and tables of them by `evaluate`.
 
-Pictures are (B, 1, H, W) in [0, 1]; values are those of the field's MATLAB code on 0 to 255.
+Pictures are (B, 1, H, W) in [0, 1]; values are those of the field's MATLAB code on 0 to 255. Every
+metric is an attribute of this module, and stands in `METRICS` by name and in `FAMILIES` by kind.
+
+A metric of your own is any function of that form. Give it to `evaluate` or `leaderboard` beside
+the names: `fk.evaluate(a, b, fused, metrics=["ssim", mine])`.
 """
 
-from fusionkit.metrics.evaluate import METRICS, evaluate
-from fusionkit.metrics.features import average_gradient, spatial_frequency, standard_deviation
-from fusionkit.metrics.information import entropy
-from fusionkit.metrics.structure import scd, ssim
+from fusionkit.metrics.catalogue import *  # noqa: F403
+from fusionkit.metrics.catalogue import COMMON, FAMILIES, METRICS, SMALLER_IS_BETTER
+from fusionkit.metrics.evaluate import evaluate, summary
+from fusionkit.metrics.reference import reference_psnr, reference_rmse, reference_ssim
 
 __all__ = [
+    "COMMON",
+    "FAMILIES",
     "METRICS",
-    "average_gradient",
-    "entropy",
+    "SMALLER_IS_BETTER",
     "evaluate",
-    "scd",
-    "spatial_frequency",
-    "ssim",
-    "standard_deviation",
+    "reference_psnr",
+    "reference_rmse",
+    "reference_ssim",
+    "summary",
+    *METRICS,
 ]

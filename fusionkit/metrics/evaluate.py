@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from scipy import stats
 
 from fusionkit.color import luminance
 from fusionkit.images import ImageLike, list_images, to_tensor
-from fusionkit.metrics.features import average_gradient, spatial_frequency, standard_deviation
-from fusionkit.metrics.information import entropy
-from fusionkit.metrics.structure import scd, ssim
+from fusionkit.metrics.catalogue import COMMON, METRICS
 from fusionkit.names import check_name
+from fusionkit.parallel import in_parallel
 
-METRICS = {
-    metric.__name__: metric
-    for metric in (entropy, standard_deviation, spatial_frequency, average_gradient, scd, ssim)
-}
+Metrics = str | Iterable[str | Callable] | Mapping[str, Callable]
 
 
 def evaluate(
     a: ImageLike,
     b: ImageLike,
     fused: ImageLike,
-    metrics: Iterable[str] | Mapping[str, Callable] | None = None,
+    metrics: Metrics | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Measure fused pictures against their sources.
@@ -39,50 +39,135 @@ def evaluate(
         a, b, fused: three pictures (whatever `images.to_tensor` takes), three batches
             (B, C, H, W), or three folders whose pictures are matched by stem. A folder of fused
             pictures says which pairs are measured.
-        metrics: names among `METRICS`, by default all; or a dictionary from column names to
-            functions `metric(a, b, fused) -> (B,)` on (B, 1, H, W), your own among them.
-        progress: show a bar over the pictures of a folder.
+        metrics: see `choose`; by default `COMMON`, "all" for every metric.
+        device: where to compute.
+        workers: pictures that are loaded and measured side by side; by default one a CPU.
+        progress: show a bar over the pictures.
 
     Returns:
         One row a picture (the stem, or its number in a batch), one column a metric.
-        `.mean()` gives the row of a paper's table.
+        `.mean()` gives the row of a paper's table, `summary` its confidence intervals.
 
     Raises:
-        ValueError: an unknown metric, pictures of different sizes, values outside [0, 1].
+        ValueError: an unknown metric, pictures of different sizes, values outside [0, 1]; the
+            message names the picture.
         FileNotFoundError: a source of a fused picture is missing.
+
+    Warns:
+        A metric has no value for a picture, as it is constant or too small: NaN in the table.
     """
-    chosen = METRICS if metrics is None else metrics
-    if not isinstance(chosen, Mapping):
-        chosen = {name: METRICS[check_name(name, METRICS, "metric")] for name in chosen}
+    chosen = choose(metrics)
+    triples = _triples(a, b, fused)
+
+    def row(name: str | int) -> dict[str, float]:
+        return measure(name, *triples[name](), chosen, device)
+
+    rows = list(in_parallel(row, list(triples), workers, progress=progress))
+    index = pd.Index(list(triples), name="image")
+    return pd.DataFrame(rows, index=index, columns=list(chosen))
+
+
+def choose(metrics: Metrics | None) -> dict[str, Callable]:
+    """Column names and functions of a choice of metrics.
+
+    A choice is None (`COMMON`), "all", names among `METRICS`, functions of your own
+    `metric(a, b, fused) -> (B,)` on (B, 1, H, W) in [0, 1], or a dictionary from column names to
+    functions. Names and functions may be mixed; a function's column is its `__name__`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if metrics is None:
+        metrics = COMMON
+    elif isinstance(metrics, str) and metrics == "all":
+        metrics = METRICS
+    elif isinstance(metrics, str):
+        metrics = [metrics]
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    return {
+        (m.__name__ if callable(m) else m): (
+            m if callable(m) else METRICS[check_name(m, METRICS, "metric")]
+        )
+        for m in metrics
+    }
+
+
+@torch.no_grad()
+def measure(
+    name: str | int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    metrics: Mapping[str, Callable],
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """One picture's row: (C, H, W) each, gray at 8 bits; `name` is for warnings and errors."""
+    sizes = ["×".join(map(str, x.shape[-2:])) for x in (a, b, fused)]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{name}: a, b and fused differ in size: {', '.join(sizes)}")
+    levels = [_eight_bit(luminance(_eight_bit(x)))[None].to(device) for x in (a, b, fused)]
+    row = {}
+    for metric, function in metrics.items():
+        why = "its definition gives no value for these pictures, as where one of them is constant"
+        try:
+            row[metric] = function(*levels).item()
+        except ValueError as error:  # too small for its window; the other metrics still tell
+            row[metric], why = float("nan"), str(error)
+        if row[metric] != row[metric]:
+            warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=2)
+    return row
+
+
+def summary(table: pd.DataFrame, confidence: float = 0.95, resamples: int = 2000) -> pd.DataFrame:
+    """Means of a table's columns with bootstrap confidence intervals over its rows.
+
+    Percentile intervals from `resamples` draws of as many pictures, with a fixed seed; NaN for a
+    single picture. Pictures without a value (NaN) are left out, column by column.
+
+    Returns:
+        One row a metric: `mean`, `low`, `high`, and `pictures`, the number of values.
+    """
     rows = {}
-    for index, triple in _triples(a, b, fused, progress):
-        sizes = {tuple(x.shape[-2:]) for x in triple}
-        if len(sizes) > 1:
-            listed = ", ".join("×".join(map(str, x.shape[-2:])) for x in triple)
-            raise ValueError(f"{index}: a, b and fused differ in size: {listed}")
-        levels = [_eight_bit(luminance(_eight_bit(x)))[None] for x in triple]
-        rows[index] = {name: metric(*levels).item() for name, metric in chosen.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(chosen)).rename_axis("image")
+    for metric in table.columns:
+        values = table[metric].dropna().to_numpy()
+        low = high = float("nan")
+        if len(values) > 1:
+            interval = stats.bootstrap(
+                (values,),
+                lambda x, axis: x.mean(axis),
+                confidence_level=confidence,
+                n_resamples=resamples,
+                method="percentile",
+                rng=0,
+            ).confidence_interval
+            low, high = interval.low, interval.high
+        mean = values.mean() if len(values) else float("nan")
+        rows[metric] = {"mean": mean, "low": low, "high": high, "pictures": len(values)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
 
 def _eight_bit(image: torch.Tensor) -> torch.Tensor:
     return (image * 255).round() / 255
 
 
-def _triples(a, b, fused, progress: bool) -> Iterator[tuple[str | int, list[torch.Tensor]]]:
+def _triples(a, b, fused) -> dict[str | int, Callable[[], list[torch.Tensor]]]:
+    """What loads a, b and fused of each picture, by its name."""
     if isinstance(fused, str | os.PathLike) and Path(fused).is_dir():
-        folders = {Path(folder): list_images(folder) for folder in (a, b, fused)}
-        for stem in tqdm(list(folders[Path(fused)]), unit="picture", disable=not progress):
-            for folder, found in folders.items():
+        folders = [(folder, list_images(folder)) for folder in (a, b, fused)]
+        stems = list(folders[-1][1])
+        for stem in stems:
+            for folder, found in folders:
                 if stem not in found:
                     raise FileNotFoundError(f"{folder}: no picture {stem!r} for {fused}/{stem}")
-            yield stem, [to_tensor(found[stem]) for found in folders.values()]
-    elif all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (a, b, fused)):
+        return {stem: lambda s=stem: [to_tensor(x[s]) for _, x in folders] for stem in stems}
+    if all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (a, b, fused)):
         lengths = [len(x) for x in (a, b, fused)]
         if len(set(lengths)) > 1:
             raise ValueError(f"batches of {lengths} pictures; expected as many of each")
-        for index, triple in enumerate(zip(a, b, fused, strict=True)):
-            yield index, [to_tensor(x, f"picture {index}") for x in triple]
-    else:
-        name = Path(fused).stem if isinstance(fused, str | os.PathLike) else 0
-        yield name, [to_tensor(x) for x in (a, b, fused)]
+        return {
+            i: lambda i=i: [to_tensor(x[i], f"picture {i}") for x in (a, b, fused)]
+            for i in range(len(a))
+        }
+    name = Path(fused).stem if isinstance(fused, str | os.PathLike) else 0
+    return {name: lambda: [to_tensor(x) for x in (a, b, fused)]}

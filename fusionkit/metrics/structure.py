@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from fusionkit.metrics._common import correlation, gray_levels
+from fusionkit.metrics._common import by_picture, correlation
+from fusionkit.metrics._ssim import C1, C2, GAUSSIAN, REDUCTIONS, Moments, ssim_map, ssim_terms
 from fusionkit.names import check_name
 
-REDUCTIONS = ("mean", "sum")
+CONVENTIONS = ("standard", "ivif_zoo")
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def scd(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
@@ -18,12 +20,33 @@ def scd(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
 
     Source: Aslantas and Bendes, A new image quality metric for image fusion, 2015.
     """
-    a, b, f = gray_levels(a, b, fused)
-    return correlation(f - b, a) + correlation(f - a, b)
+
+    def value(a, b, f):
+        return correlation(f - b, a) + correlation(f - a, b)
+
+    return by_picture(value, a, b, fused)
+
+
+def cc(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+    """CC: mean of the fused picture's correlations with the sources, -1 to 1; (B,).
+
+    NaN where a picture is constant.
+
+    Source: Ma et al., Infrared and visible image fusion methods and applications, 2019.
+    """
+
+    def value(a, b, f):
+        return (correlation(a, f) + correlation(b, f)) / 2
+
+    return by_picture(value, a, b, fused)
 
 
 def ssim(
-    a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor, reduction: str = "mean"
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    reduction: str = "mean",
+    convention: str = "standard",
 ) -> torch.Tensor:
     """SSIM of the fused picture with each source, data range 255; (B,).
 
@@ -32,31 +55,82 @@ def ssim(
     Args:
         reduction: "mean" over the sources (at most 1), as in ReFusion's and TDFusion's tables; or
             "sum" (at most 2), as in VIFB's MATLAB code.
+        convention: "ivif_zoo" multiplies the gray levels by 255 once more, as that Python
+            collection does, so that the constants all but vanish and flat regions' noise counts.
 
     Raises:
-        ValueError: pictures smaller than the window, or an unknown reduction.
+        ValueError: pictures smaller than the window, or an unknown option.
 
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
     2004.
     """
+    c1, c2 = _constants(convention)
     check_name(reduction, REDUCTIONS, "reduction")
-    a, b, f = gray_levels(a, b, fused)
-    if min(f.shape[-2:]) < 11:
-        raise ValueError(f"SSIM's window is 11 wide; got {f.shape[-2]}×{f.shape[-1]} pixels")
-    total = _ssim(a, f) + _ssim(b, f)
+
+    def value(a, b, f):
+        if min(f.shape[-2:]) < 11:
+            raise ValueError(f"SSIM's window is 11 wide; got {f.shape[-2]}×{f.shape[-1]} pixels")
+        moments = Moments(GAUSSIAN, a=a, b=b, f=f)
+        return sum(ssim_map(moments, x, "f", c1, c2).mean((-2, -1)) for x in "ab")
+
+    total = by_picture(value, a, b, fused)
     return total / 2 if reduction == "mean" else total
 
 
-def _ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    position = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
-    window = torch.softmax(-position.square() / (2 * 1.5**2), dim=0)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    stack = torch.stack([x, y, x * x, y * y, x * y], dim=1)
-    kernel = window.expand(5, 1, 11)
-    blurred = F.conv2d(stack, kernel[:, :, None], groups=5)
-    blurred = F.conv2d(blurred, kernel[:, :, :, None], groups=5)
-    mean_x, mean_y, xx, yy, xy = blurred.unbind(1)
-    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
-    luminance = (2 * product + c1) / (squares + c1)
-    contrast_structure = (2 * (xy - product) + c2) / (xx + yy - squares + c2)
-    return (luminance * contrast_structure).mean((-2, -1))
+def ms_ssim(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    reduction: str = "mean",
+    convention: str = "standard",
+) -> torch.Tensor:
+    """MS-SSIM of the fused picture with each source, five scales, data range 255; (B,).
+
+    SSIM's window and constants. A scale's contrast and structure, averaged over the picture,
+    enters to the scale's power; where that mean is not positive, the value is 0. Luminance enters
+    at the coarsest scale. Between scales, means of 2×2 pixels; an odd last line is left out.
+
+    Args:
+        reduction: "mean" over the sources (at most 1), or "sum" (at most 2).
+        convention: "standard" or "ivif_zoo", as in `ssim`.
+
+    Raises:
+        ValueError: pictures of fewer than 176 pixels a side (11 at the fifth scale), or an
+            unknown option.
+
+    Source: Wang et al., Multiscale structural similarity for image quality assessment, 2003.
+    """
+    c1, c2 = _constants(convention)
+    check_name(reduction, REDUCTIONS, "reduction")
+
+    def value(a, b, f):
+        if min(f.shape[-2:]) < 176:
+            raise ValueError(
+                f"MS-SSIM's five scales need 176×176 pixels; got {f.shape[-2]}×{f.shape[-1]}"
+            )
+        pictures = torch.stack([a, b, f])
+        products = [1, 1]
+        for scale, weight in enumerate(SCALE_WEIGHTS):
+            coarsest = scale == len(SCALE_WEIGHTS) - 1
+            moments = Moments(GAUSSIAN, **dict(zip("abf", pictures, strict=True)))
+            for i, x in enumerate("ab"):
+                luminance, structure = ssim_terms(moments, x, "f", c1, c2)
+                mean = (luminance * structure if coarsest else structure).mean((-2, -1))
+                products[i] = products[i] * _positive_power(mean, weight)
+            if not coarsest:
+                pictures = F.avg_pool2d(pictures, 2)
+        return products[0] + products[1]
+
+    total = by_picture(value, a, b, fused)
+    return total / 2 if reduction == "mean" else total
+
+
+def _constants(convention: str) -> tuple[float, float]:
+    check_name(convention, CONVENTIONS, "convention")
+    scale = 255**2 if convention == "ivif_zoo" else 1
+    return C1 / scale, C2 / scale
+
+
+def _positive_power(x: torch.Tensor, exponent: float) -> torch.Tensor:
+    """x to the exponent, 0 for x <= 0, without the power's infinite gradient at 0."""
+    return torch.where(x > 0, x.clamp(min=1e-12) ** exponent, 0)

@@ -45,12 +45,14 @@ class ModelEntry:
             maximum.
         paper: where it comes from.
         routed: whether one network serves several tasks, and is told which.
+        fuses: whether it is a fusion network; ColorNet only gives chroma to a fused luminance.
     """
 
     build: Callable[..., nn.Module]
     stretch: bool
     paper: str
     routed: bool = False
+    fuses: bool = True
 
 
 _UNFOLDING = "Wang et al., gradient transfer learning and fusion rule unfolding"
@@ -63,7 +65,7 @@ MODELS = {
     "tcmoa_large": ModelEntry(tcmoa_large, stretch=False, paper=_TCMOA, routed=True),
     "frufn": ModelEntry(FRUFN, stretch=False, paper=_UNFOLDING),
     "efrufn": ModelEntry(EFRUFN, stretch=False, paper=_UNFOLDING),
-    "colornet": ModelEntry(ColorNet, stretch=False, paper=_UNFOLDING),
+    "colornet": ModelEntry(ColorNet, stretch=False, paper=_UNFOLDING, fuses=False),
 }
 
 
