@@ -152,7 +152,6 @@ def _fuse_pair(
             "expected two registered pictures of one size"
         )
     pair = luminance(image_a)[None], luminance(image_b)[None]
-    height, width = image_a.shape[-2:]
     training = network.training
     try:
         fused = _run(network.eval(), *pair, tile)

@@ -102,13 +102,13 @@ def test_one_worker_and_several_agree(pairs):
 
 def test_what_is_wrong_is_named(pairs, tmp_path):
     fk.save_image(pairs[0]["a"], tmp_path / "theirs" / "first.png")
-    with pytest.raises(FileNotFoundError, match="theirs.*2 of 3 pairs: second, third"):
+    with pytest.raises(FileNotFoundError, match=r"theirs.*2 of 3 pairs: second, third"):
         leaderboard({"folder": tmp_path / "theirs"}, pairs, METRICS, progress=False)
     with pytest.raises(ValueError, match="'refusin'"):
         leaderboard({"x": "refusin"}, pairs, METRICS, progress=False)
-    with pytest.raises(ValueError, match="average.*baselines"):
+    with pytest.raises(ValueError, match=r"average.*baselines"):
         leaderboard({"average": Pick()}, pairs, METRICS, progress=False)
-    with pytest.raises(ValueError, match="stretch names.*'pik'"):
+    with pytest.raises(ValueError, match=r"stretch names.*'pik'"):
         leaderboard({"pick": Pick()}, pairs, METRICS, stretch=["pik"], progress=False)
     with pytest.raises(ValueError, match="no pair"):
         leaderboard({"pick": Pick()}, [], METRICS, progress=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -17,7 +19,7 @@ def joint_histogram(x: torch.Tensor, y: torch.Tensor, bins: int = 256) -> torch.
 
 def entropy_of(shares: torch.Tensor, base: float = 2.0) -> torch.Tensor:
     """-Σ p log p over all axes but the first, in units of `base`; 0 log 0 counts 0."""
-    return -torch.xlogy(shares, shares).flatten(1).sum(1) / torch.log(shares.new_tensor(base))
+    return (0 - torch.xlogy(shares, shares).flatten(1).sum(1)) / math.log(base)
 
 
 def _levels(x: torch.Tensor) -> torch.Tensor:

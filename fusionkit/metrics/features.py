@@ -6,7 +6,7 @@ import torch
 
 from fusionkit.metrics._common import by_picture, gray_levels
 from fusionkit.metrics._filters import pad
-from fusionkit.metrics._sobel import magnitude, sobel
+from fusionkit.metrics._sobel import magnitude, root, sobel
 from fusionkit.names import check_name
 
 DIVISORS = ("pixels", "differences")
@@ -16,6 +16,8 @@ def standard_deviation(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) ->
     """SD: population standard deviation of the fused picture, in gray levels (0 to 127.5); (B,).
 
     The sources do not enter.
+
+    Source: Zhang et al., VIFB: a visible and infrared image fusion benchmark, 2020.
     """
     *_, f = gray_levels(a, b, fused)
     return f.std((-2, -1), correction=0)
@@ -65,7 +67,7 @@ def average_gradient(
     *_, f = gray_levels(a, b, fused)
     _check_size(f, "average gradient")
     gy, gx = torch.gradient(f, dim=(-2, -1))
-    magnitude = ((gx.square() + gy.square()) / 2).sqrt()
+    magnitude = root((gx.square() + gy.square()) / 2)
     if divide_by == "pixels":
         return magnitude.mean((-2, -1))
     return magnitude.sum((-2, -1)) / ((f.shape[-2] - 1) * (f.shape[-1] - 1))

@@ -3,13 +3,15 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 import fusionkit as fk
-from fusionkit.compare import compare
+from fusionkit.leaderboard import leaderboard
 from fusionkit.metrics import (
+    COMMON,
     METRICS,
     average_gradient,
     entropy,
@@ -18,6 +20,9 @@ from fusionkit.metrics import (
     ssim,
     standard_deviation,
 )
+from fusionkit.metrics.evaluate import choose, summary
+
+from .reference import related
 
 # shared/metrics/README.md, "Measured rows": ReFusion, IVIF weights, with min-max stretch. That row
 # divides SF's sums by the differences and AG's by the pixels, and adds SSIM over both sources.
@@ -33,16 +38,24 @@ AUTHORS_ROADSCENE = {
 
 def random_pictures(count: int, channels: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(count, channels, 20, 24, generator=generator) for _ in range(3)]
+    return [torch.rand(count, channels, 44, 48, generator=generator) for _ in range(3)]
 
 
 def test_a_batch_equals_its_pictures_one_by_one():
     batch = random_pictures(3)
     table = fk.evaluate(*batch)
-    assert list(table.columns) == list(METRICS)
+    assert list(table.columns) == list(COMMON)
     for index in range(3):
         single = fk.evaluate(*(x[index] for x in batch))
         np.testing.assert_allclose(single.iloc[0], table.iloc[index], rtol=1e-12)
+
+
+def test_gray_pictures_equal_three_equal_channels():
+    gray = related(1)  # wide enough for MS-SSIM
+    colour = [x.expand(-1, 3, -1, -1) for x in gray]
+    expected = fk.evaluate(*gray, metrics="all")
+    assert np.isfinite(expected.to_numpy()).all()
+    pd.testing.assert_frame_equal(fk.evaluate(*colour, metrics="all"), expected)
 
 
 def test_folders_equal_pictures_in_memory(tmp_path):
@@ -61,9 +74,9 @@ def test_what_is_wrong_is_named(tmp_path):
     a, b, fused = random_pictures(1)
     with pytest.raises(ValueError, match=r"'psnr2'.*entropy"):
         fk.evaluate(a, b, fused, metrics=["psnr2"])
-    with pytest.raises(ValueError, match="20×24, 20×24, 19×24"):
+    with pytest.raises(ValueError, match="44×48, 44×48, 43×48"):
         fk.evaluate(a[0], b[0], fused[0, :, 1:])
-    with pytest.raises(ValueError, match="range \\[0, 1\\]"):
+    with pytest.raises(ValueError, match=r"range \\[0, 1\\]"):
         fk.evaluate(a * 255, b, fused)
     fk.save_image(fused, tmp_path / "fused" / "7.png")
     fk.save_image(a, tmp_path / "a" / "7.png")
@@ -73,15 +86,15 @@ def test_what_is_wrong_is_named(tmp_path):
 
 
 def test_authors_weights_give_their_row_on_roadscene(shared):
-    networks = {
-        "authors": fk.create_model(
-            "refusion", checkpoint=shared / "weights" / "refusion_ivif.safetensors"
-        )
-    }
+    weights = shared / "weights" / "refusion_ivif.safetensors"
+    network = fk.create_model("refusion", checkpoint=weights)
     pairs = fk.load_dataset("roadscene", shared / "data", "test")
     assert len(pairs) == 50
     metrics = {name: metric for name, (_, metric) in AUTHORS_ROADSCENE.items()}
-    means = compare(networks, pairs, metrics, progress=False).mean()
+    board = leaderboard(
+        {"authors": network}, pairs, metrics, baselines=False, stretch=["authors"], progress=False
+    )
+    means = board.means().loc["authors"]
     for name, (printed, _) in AUTHORS_ROADSCENE.items():
         digits = len(printed.split(".")[1])
         assert f"{means[name]:.{digits}f}" == printed, name
@@ -91,3 +104,52 @@ def test_evaluate_reads_pil_pictures(tmp_path):
     picture = Image.fromarray(np.full((16, 16), 100, np.uint8))
     table = fk.evaluate(picture, picture, picture, metrics=["entropy", "standard_deviation"])
     assert table.iloc[0].tolist() == [0.0, 0.0]
+
+
+def test_a_choice_of_metrics():
+    a, b, fused = random_pictures(1)
+
+    def brightness(a, b, fused):
+        return fused.mean((1, 2, 3))
+
+    table = fk.evaluate(a, b, fused, ["entropy", brightness])
+    assert list(table.columns) == ["entropy", "brightness"]
+    expected = (fused * 255).round().mean().item() / 255
+    assert table["brightness"].iloc[0] == pytest.approx(expected)
+    assert list(fk.evaluate(a, b, fused, "ssim").columns) == ["ssim"]
+    assert list(choose("all")) == list(METRICS)
+    assert set(COMMON) < set(METRICS)
+
+
+def test_a_metric_without_a_value_warns_and_names_metric_and_picture(tmp_path):
+    flat = torch.full((1, 44, 48), 0.5)
+    busy = random_pictures(1)[0][0]
+    with pytest.warns(UserWarning, match=r"cc of 0 is NaN.*constant"):
+        table = fk.evaluate(flat, busy, busy, ["entropy", "cc"])
+    assert table["entropy"].notna().all()
+    assert table["cc"].isna().all()
+
+
+def test_a_metric_that_refuses_is_named_with_its_picture():
+    small = random_pictures(1)
+    with pytest.warns(UserWarning, match=r"ssim of 0 is NaN: .*11"):
+        table = fk.evaluate(*(x[..., :8, :8] for x in small), metrics=["entropy", "ssim"])
+    assert table["entropy"].notna().all()
+    assert table["ssim"].isna().all()
+
+
+def test_summary_has_intervals_that_narrow_with_more_pictures():
+    rng = np.random.default_rng(0)
+    values = rng.normal(5, 1, 400)
+    table = pd.DataFrame({"x": values, "y": np.where(np.arange(400) < 4, values, np.nan)})
+    rows = summary(table)
+    assert rows.loc["x", "mean"] == pytest.approx(values.mean())
+    # The normal approximation's interval, to a tenth of its width.
+    half = 1.96 * values.std() / 20
+    assert rows.loc["x", "low"] == pytest.approx(values.mean() - half, abs=0.2 * half)
+    assert rows.loc["x", "high"] == pytest.approx(values.mean() + half, abs=0.2 * half)
+    assert rows["pictures"].tolist() == [400, 4]
+    assert rows.loc["y", "high"] - rows.loc["y", "low"] > 3 * half
+    assert summary(table, 0.5).loc["x", "high"] < rows.loc["x", "high"]
+    assert summary(table[:1]).loc["x", ["low", "high"]].isna().all()
+    pd.testing.assert_frame_equal(rows, summary(table))
