@@ -115,7 +115,7 @@ def measure(
         except ValueError as error:  # too small for its window; the other metrics still tell
             row[metric], why = float("nan"), str(error)
         if row[metric] != row[metric]:
-            warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=2)
+            warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=1)
     return row
 
 
