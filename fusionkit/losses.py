@@ -8,36 +8,44 @@ from torch.nn import functional as F
 from fusionkit.names import check_name
 
 
-def sobel(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
-    """∇I: the Sobel gradient's magnitude |∂x I| + |∂y I|, kernel weights 1 2 1.
+def sobel_components(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
+    """∂x I and ∂y I by the Sobel operator, kernel weights 1 2 1: (B, 1, H, W) -> (B, 2, H, W).
 
-    (B, 1, H, W) -> (B, 1, H, W). The border is replicated, so that a flat picture has no edges;
-    "zeros" pads with black, as the releases of TDFusion and FRUFN do.
+    The border is replicated, so that a flat picture has no edges; "zeros" pads with black, as the
+    releases of TDFusion and FRUFN do.
     """
     smooth = image.new_tensor([1.0, 2.0, 1.0])
     differ = image.new_tensor([-1.0, 0.0, 1.0])
     kernels = torch.stack([torch.outer(smooth, differ), torch.outer(differ, smooth)])[:, None]
     mode = "constant" if border == "zeros" else border
-    padded = F.pad(image, (1, 1, 1, 1), mode=mode)
-    return F.conv2d(padded, kernels).abs().sum(dim=1, keepdim=True)
+    return F.conv2d(F.pad(image, (1, 1, 1, 1), mode=mode), kernels)
 
 
-def ssim(x: torch.Tensor, y: torch.Tensor, border: str = "valid") -> torch.Tensor:
+def sobel(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
+    """∇I: the Sobel gradient's magnitude |∂x I| + |∂y I|, (B, 1, H, W) -> (B, 1, H, W).
+
+    `border`: as in `sobel_components`.
+    """
+    return sobel_components(image, border).abs().sum(dim=1, keepdim=True)
+
+
+def ssim(x: torch.Tensor, y: torch.Tensor, border: str = "valid", window: int = 11) -> torch.Tensor:
     """Mean structural similarity of (B, C, H, W) pictures in [0, 1], for use in a loss; a scalar.
 
-    Gaussian window of 11 with σ 1.5, C1 = 1e-4, C2 = 9e-4. `border`: "valid" leaves windows out
-    that reach beyond the picture; "zeros" pads with black, as the releases of TC-MoA and FRUFN do
-    in most of their terms.
+    Gaussian window of odd side `window` with σ 1.5, C1 = 1e-4, C2 = 9e-4. `border`: "valid" leaves
+    windows out that reach beyond the picture; "zeros" pads with black, as the releases of TC-MoA
+    and FRUFN do in most of their terms.
 
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
     2004.
     """
-    position = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
-    window = torch.softmax(-position.square() / (2 * 1.5**2), dim=0)
-    padding = 5 if border == "zeros" else 0
+    reach = window // 2
+    position = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    weights = torch.softmax(-position.square() / (2 * 1.5**2), dim=0)
+    padding = reach if border == "zeros" else 0
     stack = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
-    blurred = F.conv2d(stack, window.view(1, 1, 1, 11), padding=(0, padding))
-    blurred = F.conv2d(blurred, window.view(1, 1, 11, 1), padding=(padding, 0))
+    blurred = F.conv2d(stack, weights.view(1, 1, 1, window), padding=(0, padding))
+    blurred = F.conv2d(blurred, weights.view(1, 1, window, 1), padding=(padding, 0))
     mean_x, mean_y, xx, yy, xy = blurred.chunk(5)
     product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
     luminance = (2 * product + 1e-4) / (squares + 1e-4)
@@ -148,3 +156,54 @@ def reconstruction_loss(
         (sobel(a) - sobel(a_hat)).square(), (sobel(b) - sobel(b_hat)).square()
     ).mean()  # eq. 6
     return intensity + alpha * gradient  # eq. 4
+
+
+def task_driven_fusion_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    weights: torch.Tensor,
+    alpha: float = 1.0,
+    intensity: str = "paper",
+) -> torch.Tensor:
+    """The learnable fusion loss L_f of TDFusion (equation 1); a scalar.
+
+    Args:
+        weights: w_a and w_b, (B, 2, H, W), summing to 1 over dimension 1.
+        alpha: α, the weight of the gradient term; 0 leaves it out.
+        intensity: as `weighted_intensity_loss` takes it.
+    """
+    loss = weighted_intensity_loss(a, b, fused, weights, intensity)
+    return loss + alpha * signed_sobel_loss(a, b, fused) if alpha else loss
+
+
+def weighted_intensity_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fused: torch.Tensor,
+    weights: torch.Tensor,
+    form: str = "paper",
+) -> torch.Tensor:
+    """Mean w_a (f - a)² + w_b (f - b)², equation 2 of TDFusion; a scalar.
+
+    `form` "released" is mean (w_a (f - a))² + (w_b (f - b))², which punishes less where both
+    sources have a say.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    check_name(form, ("paper", "released"), "form")
+    if form == "released":
+        weights = weights.square()
+    return (weights * (fused - torch.cat([a, b], dim=1)).square()).sum(dim=1).mean()
+
+
+def signed_sobel_loss(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+    """Mean |∂x f - ∂x| + |∂y f - ∂y|: equation 3 of TDFusion in its release's reading; a scalar.
+
+    In x and in y, each pixel's aim is the source's gradient of larger magnitude, with its sign;
+    black beyond the border.
+    """
+    of_a, of_b, of_fused = (sobel_components(x, border="zeros") for x in (a, b, fused))
+    stronger = torch.where(of_a.abs() >= of_b.abs(), of_a, of_b)
+    return (of_fused - stronger).abs().sum(dim=1).mean()

@@ -97,7 +97,7 @@ def disparity(name: str) -> np.ndarray:
         numbers = np.array(text.split(), float).reshape(-1, 2) * (width, height)
         mask = Image.new("L", (width, height))
         ImageDraw.Draw(mask).polygon([tuple(point) for point in numbers], fill=1)
-        matte = _guided_filter(np.asarray(mask, np.float32), guide)
+        matte = guided_filter(np.asarray(mask, np.float32), guide)
         depth = np.where(matte > 0.5, np.maximum(value, depth), depth)
     return depth.astype(np.float32)
 
@@ -116,7 +116,7 @@ def _fill_occlusions(measured: np.ndarray) -> np.ndarray:
     return ((filled - filled.min()) / np.ptp(filled)).astype(np.float32)
 
 
-def _guided_filter(mask: np.ndarray, guide: np.ndarray, radius: int = 7) -> np.ndarray:
+def guided_filter(mask: np.ndarray, guide: np.ndarray, radius: int = 7) -> np.ndarray:
     """Pull a hand-drawn outline to the edges of the picture (He, Sun and Tang, ECCV 2010)."""
 
     def mean(x: np.ndarray) -> np.ndarray:
@@ -128,10 +128,14 @@ def _guided_filter(mask: np.ndarray, guide: np.ndarray, radius: int = 7) -> np.n
     return mean(slope) * guide + mean(mean_mask - slope * mean_guide)
 
 
-def _crop(
+def crop(
     rng: np.random.Generator, arrays: list[np.ndarray], size: tuple[int, int]
 ) -> list[np.ndarray]:
-    """One random window, perhaps mirrored, of aligned arrays (H, W) or (H, W, 3), resized."""
+    """One random window, perhaps mirrored, of aligned arrays (H, W) or (H, W, 3), resized.
+
+    Its shape is that of `size`, (height, width), and it is as large as the arrays allow or down to
+    0.62 of that. Pictures come back in 8-bit steps.
+    """
     height, width = arrays[0].shape[:2]
     scale = min(height / size[0], width / size[1]) * rng.uniform(0.62, 1.0)
     tall, wide = size[0] * scale, size[1] * scale
@@ -159,11 +163,27 @@ def multi_focus(rng: np.random.Generator, size: tuple[int, int]) -> dict[str, np
     """Near focus `a`, far focus `b` and the all-in-focus `target`, each (H, W, 3) in [0, 1]."""
     name = rng.choice(FOCUS_PHOTOGRAPHS, p=FOCUS_SHARES)
     for _ in range(6):  # a window wholly near or wholly far would leave one source sharp all over
-        sharp, depth = _crop(rng, [photograph(name), disparity(name)], size)
-        far, near = np.percentile(depth, (12, 88))
-        if near - far > 0.3 and 0.15 < (depth > (near + far) / 2).mean() < 0.85:
+        sharp, depth = crop(rng, [photograph(name), disparity(name)], size)
+        if has_depth(depth):
             break
-    strength = rng.uniform(0.016, 0.026) * min(size) / max(near - far, 0.2)
+    return focus_pair(rng, sharp, depth)
+
+
+def has_depth(depth: np.ndarray) -> bool:
+    """Whether a disparity map (H, W) has enough both near and far for a pair of two focuses."""
+    far, near = np.percentile(depth, (12, 88))
+    return near - far > 0.3 and 0.15 < (depth > (near + far) / 2).mean() < 0.85
+
+
+def focus_pair(
+    rng: np.random.Generator, sharp: np.ndarray, depth: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The `target` (H, W, 3) in [0, 1] through a lens that is focused near, `a`, and far, `b`.
+
+    `sharp` is the target, `depth` its relative disparity (H, W), 1 = nearest.
+    """
+    far, near = np.percentile(depth, (12, 88))
+    strength = rng.uniform(0.016, 0.026) * min(depth.shape) / max(near - far, 0.2)
     tolerance = rng.uniform(0.15, 0.3) * (near - far)
     light = sharp**GAMMA  # defocus mixes light, not gray levels: highlights stay bright discs
     edges = np.linspace(depth.min(), depth.max() + 1e-6, LAYERS + 1)
@@ -227,15 +247,22 @@ def _disc_blur(layer: np.ndarray, radius: float) -> np.ndarray:
 def multi_exposure(rng: np.random.Generator, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Under-exposed `a`, over-exposed `b` and the photograph `target`, (H, W, 3) in [0, 1]."""
     name = EXPOSURE_PHOTOGRAPHS[rng.integers(len(EXPOSURE_PHOTOGRAPHS))]
-    (target,) = _crop(rng, [photograph(name)], size)
-    radiance = _scene_radiance(rng, target)
+    (target,) = crop(rng, [photograph(name)], size)
+    radiance = scene_radiance(rng, target)
     under, over = -rng.uniform(2.0, 3.0), rng.uniform(1.5, 3.0)
+    return exposure_pair(rng, radiance, (under, over)) | {"target": quantize(target)}
+
+
+def exposure_pair(
+    rng: np.random.Generator, radiance: np.ndarray, stops: tuple[float, float]
+) -> dict[str, np.ndarray]:
+    """Linear light (H, W, 3), exposed `stops[0]` for `a` and `stops[1]` for `b`, by one camera."""
     response = rng.uniform(0.43, 0.52), rng.uniform(0.0, 0.6)
-    a, b = (_expose(rng, radiance * 2.0**stops, *response) for stops in (under, over))
-    return {"a": a, "b": b, "target": quantize(target)}
+    a, b = (_expose(rng, radiance * 2.0**stop, *response) for stop in stops)
+    return {"a": a, "b": b}
 
 
-def _scene_radiance(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def scene_radiance(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Linear light with the range that the photograph's own tone curve had compressed.
 
     Large bright parts become brighter and large dark ones darker (a tone mapping inverted), and

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,34 +24,38 @@ from fusionkit.losses import (
 from fusionkit.methods.base import Method, cosine
 from fusionkit.names import check_name
 
-STAGES = ("mfif", "meif", "ivif")
-# λ of equation 1, as the release's scripts weigh it against the reconstruction loss.
-TRANSFER_WEIGHT = {"mfif": 0.0, "meif": 0.5, "ivif": 2.0}
+FORMS = ("paper", "released")
+# λ of equation 1 per task, as the release's scripts weigh it. They have no teacher for the first
+# stage, mfif; in another order of the stages its loss is that of meif.
+TRANSFER_WEIGHT = {"mfif": 0.5, "meif": 0.5, "ivif": 2.0}
 
 
 class GradientTransferMethod(Method):
     """One stage: a reconstruction loss of its task, plus the edges of the stage before (eq. 1).
 
+    The paper's sequence is `mfif` without a teacher, `meif` taught by it, and `ivif` taught by
+    that one, from whose weights it also starts in the release. The paper gives no weight of any
+    loss; the defaults are the release's, divided by the weight of the first term.
+
     Args:
-        fusion: the fusion network.
+        fusion: the fusion network, with the weights to start from.
         task: `mfif` or `meif`, whose batches need a "target" (equation 2), or `ivif` (equations 4
             to 7).
-        teacher: the network of the stage before; a frozen copy is kept. None trains the task by
-            itself, as the ablations of Tables 6 and 7 do. The order of the stages is free.
+        teacher: the network of the stage before, whatever its task; a frozen copy is kept. None
+            trains the task by itself, as the ablations of Tables 6 and 7 do.
         lr: Adam's learning rate; the release takes 1e-3 for the first stage, then 1e-4.
         anneal_steps: lower the learning rate to zero along half a cosine over so many steps; None
-            keeps it.
-        transfer_weight: λ of equation 1; by default the release's, 0.5 for `meif` and 2 for
-            `ivif`.
-        texture_weight, structure_weight: β1 and β2 of equation 4; the release's by default.
-        spread_weight: reward for the fused picture's standard deviation in `ivif`. The release has
-            2.5, the paper none.
-        clip: largest norm of the gradient; the release has 1e-4 (`mfif`, `meif`) and 1e-2.
-        warmup_steps: steps in which the network only learns to return its sources through its
-            features, if it offers `autoencode(a, b)`. The release has two epochs of it in the
-            first stage, the paper none.
-        form: of the gradient transfer loss and the structure loss; "paper", or "released" as
-            `losses` tells.
+            keeps it. The release halves it two to four times.
+        transfer_weight: λ of equation 1; by default 0.5, or 2 for `ivif`.
+        texture_weight, structure_weight: β1 and β2 of equation 4.
+        spread_weight: reward for the fused picture's standard deviation in `ivif`; by default
+            none, as in the paper, and 2.5 in the released form.
+        clip: largest L2 norm of the gradient; the release has 1e-4, and 1e-2 for `ivif`.
+        warmup_steps: steps in which a network that offers `autoencode(a, b)` learns to return its
+            sources through its features. The release has two epochs of them in the first stage,
+            the paper none. Other networks have no such steps.
+        form: "paper", or "released": the gradient transfer loss and the structure loss as
+            `losses` tells, and borders padded with black.
 
     Raises:
         ValueError: unknown task or form.
@@ -67,82 +72,105 @@ class GradientTransferMethod(Method):
         transfer_weight: float | None = None,
         texture_weight: float = 5.0,
         structure_weight: float = 2.5,
-        spread_weight: float = 0.0,
+        spread_weight: float | None = None,
         clip: float | None = None,
         warmup_steps: int = 0,
         form: str = "paper",
     ) -> None:
-        check_name(task, STAGES, "task")
-        check_name(form, ("paper", "released"), "form")
+        check_name(task, TRANSFER_WEIGHT, "task")
+        check_name(form, FORMS, "form")
         super().__init__(
             {"fusion": fusion}, {"fusion": torch.optim.Adam(fusion.parameters(), lr=lr)}
         )
         self.fusion, self.task, self.form = fusion, task, form
         # Outside `modules`: it is not trained, and the stage before has its checkpoint.
-        self.teacher = None if teacher is None else copy.deepcopy(teacher).requires_grad_(False)
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval().to(self.device)
         self.lr, self.anneal_steps, self.clip = lr, anneal_steps, clip
-        weight = TRANSFER_WEIGHT[task] if transfer_weight is None else transfer_weight
-        self.transfer_weight = weight if teacher is not None else 0.0
+        self.transfer_weight = TRANSFER_WEIGHT[task] if transfer_weight is None else transfer_weight
         self.texture_weight, self.structure_weight = texture_weight, structure_weight
-        self.spread_weight, self.warmup_steps = spread_weight, warmup_steps
+        self.spread_weight = spread_weight
+        if spread_weight is None:
+            self.spread_weight = 2.5 if form == "released" else 0.0
+        self.warmup_steps = warmup_steps if hasattr(fusion, "autoencode") else 0
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        super().prepare(accelerator)
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device, memory_format=torch.channels_last)
 
     def step(self, batch: dict) -> dict[str, float]:
-        """One step on `a`, `b`, and for `mfif` and `meif` `target`, (B, 1, H, W) each."""
+        """One step on `a`, `b`, and for `mfif` and `meif` `target`, (B, 1, H, W) each.
+
+        Returns the weighted terms by name: `reconstruction` (eq. 2), or `intensity`, `texture`,
+        `structure` (eq. 5 to 7) and `spread`; `transfer` (eq. 3); `autoencoder` in the warm-up.
+
+        Raises:
+            ValueError: no target for a task that needs one.
+        """
         if self.anneal_steps:
             self.set_lr({"fusion": self.lr * cosine(self.steps_taken / self.anneal_steps)})
         a, b = batch["a"].to(self.device), batch["b"].to(self.device)
-        if self.steps_taken < self.warmup_steps and hasattr(self.fusion, "autoencode"):
+        if self.steps_taken < self.warmup_steps:
             a_hat, b_hat = self.fusion.autoencode(a, b)
             losses = {"autoencoder": F.l1_loss(a_hat, a) + F.l1_loss(b_hat, b)}
         else:
             losses = self.losses(a, b, batch.get("target"))
-        total = sum(losses.values())
-        parameters = list(self.fusion.parameters())
-        # A part that takes no part in this step, such as the decoder's way past the masks.
-        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-        if self.clip is not None:
-            norm = torch.stack([g.norm() for g in gradients]).norm()
-            scale = (self.clip / (norm + 1e-6)).clamp_max(1)
-            gradients = [g * scale for g in gradients]
-        self.update("fusion", gradients)
+        # What has no part in a step, as all between encoder and decoder in the warm-up, has None.
+        gradients = torch.autograd.grad(
+            sum(losses.values()), self.trained("fusion"), allow_unused=True
+        )
+        self.update("fusion", gradients, self.clip)
         self.steps_taken += 1
         return {name: loss.item() for name, loss in losses.items()}
 
     def losses(
         self, a: torch.Tensor, b: torch.Tensor, target: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The weighted terms of equation 1 by name; their sum is the loss.
+        """The weighted terms of equation 1 by name, as scalars; their sum is the loss.
 
         Raises:
             ValueError: no target for a task that needs one.
         """
-        fused = self.fusion(a, b)
-        if self.task == "ivif":
-            terms = self._unsupervised(a, b, fused)
-        elif target is None:
+        if self.task != "ivif" and target is None:
             raise ValueError(
-                f"task {self.task!r} needs pairs with a 'target', the true fused picture; "
-                "the embedded pairs have one"
+                f"task {self.task!r} needs pairs with a 'target', the true fused picture; embedded "
+                "and generated pairs have one"
             )
-        else:
-            terms = {"reconstruction": 1 - ssim(fused, target.to(fused.device))}  # eq. 2
-        if self.transfer_weight:
+        fused, taught = self.fusion(a, b), None
+        if self.teacher is not None and self.transfer_weight:
             with torch.no_grad():
-                taught = self.teacher.to(a.device)(a, b)
-            transfer = gradient_transfer_loss(taught, fused, self.form)  # eq. 3
-            terms["transfer"] = self.transfer_weight * transfer
-        return terms
+                taught = self.teacher(a, b).to(a.dtype)
+        # SSIM's variances are small differences: nothing for bf16.
+        with torch.autocast(a.device.type, enabled=False):
+            return self._terms(a, b, fused.to(a.dtype), taught, target)
 
-    def _unsupervised(
-        self, a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor
+    def _terms(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        fused: torch.Tensor,
+        taught: torch.Tensor | None,
+        target: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        weighting = "equal" if self.form == "paper" else "gradient"
-        terms = {
-            "intensity": maximum_intensity_loss(a, b, fused),  # eq. 5
-            "texture": self.texture_weight * maximum_gradient_loss(a, b, fused),  # eq. 6
-            "structure": self.structure_weight * structure_loss(a, b, fused, weighting),  # eq. 7
-        }
-        if self.spread_weight:
-            spread = fused.std((-2, -1), correction=0).mean()
-            terms["spread"] = -self.spread_weight * spread
+        released = self.form == "released"
+        edges = "zeros" if released else "replicate"
+        if self.task == "ivif":
+            weighting, border = ("gradient", "zeros") if released else ("equal", "valid")
+            texture = maximum_gradient_loss(a, b, fused, edges)
+            structure = structure_loss(a, b, fused, weighting, border)
+            terms = {
+                "intensity": maximum_intensity_loss(a, b, fused),  # eq. 5
+                "texture": self.texture_weight * texture,  # eq. 6
+                "structure": self.structure_weight * structure,  # eq. 7
+            }
+            if self.spread_weight:
+                spread = fused.abs().std((-2, -1), correction=0).mean()
+                terms["spread"] = -self.spread_weight * spread
+        else:
+            terms = {"reconstruction": 1 - ssim(fused, target.to(fused))}  # eq. 2
+        if taught is not None:
+            transfer = gradient_transfer_loss(taught, fused, self.form, edges)  # eq. 3
+            terms["transfer"] = self.transfer_weight * transfer
         return terms
