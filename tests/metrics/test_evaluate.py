@@ -76,7 +76,7 @@ def test_what_is_wrong_is_named(tmp_path):
         fk.evaluate(a, b, fused, metrics=["psnr2"])
     with pytest.raises(ValueError, match="44×48, 44×48, 43×48"):
         fk.evaluate(a[0], b[0], fused[0, :, 1:])
-    with pytest.raises(ValueError, match=r"range \\[0, 1\\]"):
+    with pytest.raises(ValueError, match=r"range \[0, 1\]"):
         fk.evaluate(a * 255, b, fused)
     fk.save_image(fused, tmp_path / "fused" / "7.png")
     fk.save_image(a, tmp_path / "a" / "7.png")
