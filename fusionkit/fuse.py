@@ -19,7 +19,7 @@ from fusionkit.tiling import fuse_tiled
 WHOLE_PIXELS = 1280 * 1024
 TILE = 768
 # A network that streams gives the same result in tiles, and on a CPU, whose cache holds a tile of
-# 128, in about two thirds of the time; see notebook 08.
+# 128, in about two thirds of the time.
 STREAM_TILE_CPU, STREAM_TILE_GPU = 128, 1024
 
 
@@ -62,7 +62,7 @@ def fuse(
             message names it.
     """
     check_name(color, ("auto", "gray"), "color")
-    network = _network(model, task, checkpoint, device)
+    network = load_network(model, task, checkpoint, device)
     if stretch is None:
         stretch = model_entry(model).stretch if isinstance(model, str) else False
     return _fuse_pair(network, a, b, color, stretch, tile)
@@ -92,7 +92,7 @@ def fuse_folders(
     """
     check_name(color, ("auto", "gray"), "color")
     found_a, found_b = list_images(a), list_images(b)
-    network = _network(model, task, checkpoint, device)
+    network = load_network(model, task, checkpoint, device)
     if stretch is None:
         stretch = model_entry(model).stretch if isinstance(model, str) else False
     results: dict[str, Path | Exception] = {}
@@ -121,9 +121,13 @@ def stretch_to_range(image: torch.Tensor) -> torch.Tensor:
     return torch.where(flat, image, (image - low) / torch.where(flat, 1.0, high - low))
 
 
-def _network(
-    model: str | nn.Module, task: str, checkpoint: str | os.PathLike | None, device
+def load_network(
+    model: str | nn.Module,
+    task: str = "ivif",
+    checkpoint: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
+    """The network that `fuse` runs for these arguments, which it explains, placed for speed."""
     check_task(task)
     if not isinstance(model, str):
         if checkpoint is not None:

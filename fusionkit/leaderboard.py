@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fusionkit.baselines import BASELINES
-from fusionkit.fuse import fuse
+from fusionkit.fuse import fuse, load_network
 from fusionkit.images import list_images, to_tensor
 from fusionkit.metrics.catalogue import SMALLER_IS_BETTER
 from fusionkit.metrics.evaluate import Metrics, choose, measure, summary
-from fusionkit.models.registry import create_model, model_entry
+from fusionkit.models.registry import model_entry
 from fusionkit.parallel import in_parallel
 
 Method = nn.Module | Callable | str | os.PathLike
@@ -88,8 +88,8 @@ def leaderboard(
         workers: pictures measured side by side; by default one a CPU.
 
     Raises:
-        ValueError: no pair, an unknown metric or model, two methods of one name, a picture of
-            another size, or one that a metric cannot measure.
+        ValueError: no pair, an unknown metric or model, a method with a baseline's name, a
+            picture of another size.
         FileNotFoundError: a folder lacks pictures; all that are missing are named.
     """
     if taken := set(methods) & set(BASELINES) if baselines else ():
@@ -107,7 +107,7 @@ def leaderboard(
     }
     if baselines:
         for name, build in BASELINES.items():
-            fusers[name] = _network_fuser(build(), False, "cpu", lock)
+            fusers[name] = _network_fuser(build(), False, lock)
 
     def rows(index: int) -> dict[tuple, dict[str, float]]:
         pair = pairs[index]
@@ -141,19 +141,16 @@ def _fuser(name, method, names, task, stretch, device, lock) -> Callable:
             )
         return lambda a, b, n: to_tensor(found[n])
     if isinstance(method, str):
-        return _network_fuser(method, None, device, lock, task)
+        network = load_network(method, task, device=device)
+        return _network_fuser(network, model_entry(method).stretch, lock)
     if isinstance(method, nn.Module):
-        return _network_fuser(method, stretch, device, lock)
+        return _network_fuser(load_network(method, device=device), stretch, lock)
     return lambda a, b, n: method(a[None], b[None])[0].clamp(0, 1)
 
 
-def _network_fuser(network, stretch, device, lock, task: str = "ivif") -> Callable:
-    if isinstance(network, str):
-        stretch = model_entry(network).stretch
-        network = create_model(network, task, pretrained=True)
-
+def _network_fuser(network: nn.Module, stretch: bool, lock: Lock) -> Callable:
     def fused(a: torch.Tensor, b: torch.Tensor, name: str) -> torch.Tensor:
         with lock:
-            return fuse(a, b, model=network, color="gray", stretch=stretch, device=device)
+            return fuse(a, b, model=network, color="gray", stretch=stretch)
 
     return fused

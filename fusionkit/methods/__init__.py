@@ -1,7 +1,7 @@
 """Training methods: one file a paper's method; each takes any fusion network."""
 
 from fusionkit.methods.base import Method
-from fusionkit.methods.caf import CAFSearch, WeightedLossTraining
+from fusionkit.methods.caf import CAFSearch
 from fusionkit.methods.color import ColorNetMethod
 from fusionkit.methods.gradient_transfer import GradientTransferMethod
 from fusionkit.methods.mae import MAEMethod
@@ -9,6 +9,7 @@ from fusionkit.methods.perception import TaskTraining
 from fusionkit.methods.refusion import ReFusionMethod
 from fusionkit.methods.tcmoa import TCMoAMethod
 from fusionkit.methods.tdfusion import TDFusionMethod
+from fusionkit.methods.weighted_loss import WeightedLossTraining
 
 __all__ = [
     "CAFSearch",

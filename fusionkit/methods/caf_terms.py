@@ -196,3 +196,8 @@ class VGGFeatures(nn.Module):
     def train(self, mode: bool = True) -> VGGFeatures:
         """Stays in evaluation mode."""
         return super().train(False)
+
+
+def placed(features: Features | None, like: torch.Tensor) -> Features | None:
+    """A feature network on the device of the pictures; any other callable as it is."""
+    return features.to(like.device) if isinstance(features, nn.Module) else features

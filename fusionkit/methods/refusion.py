@@ -6,14 +6,13 @@ Source: Bai et al., ReFusion, IJCV 2024, section 3 and Algorithm 1. Any network 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 from torch.func import functional_call, jvp
 
 from fusionkit.losses import reconstruction_loss, sobel, weighted_fusion_loss
 from fusionkit.methods.base import Method, cosine
+from fusionkit.methods.bilevel import directional_derivative
 from fusionkit.models.refusion import LossProposal, Reconstruction
 from fusionkit.names import check_name
 
@@ -146,13 +145,14 @@ class ReFusionMethod(Method):
         # so the product is the derivative by θ_P of L_f's slope along v: one forward-mode pass
         # through F, in place of a second backward pass through its first.
         v = self.average(torch.autograd.grad(outer, list(theta_f_stepped.values())))
-        theta_f = {name: theta.detach() for name, theta in theta_f.items()}
-        fused, fused_slope = _slope(
-            lambda theta: functional_call(self.fusion, theta, (a, b)),
-            (theta_f,),
-            (dict(zip(theta_f, v, strict=True)),),
+        fused, fused_slope = directional_derivative(
+            lambda *theta: functional_call(
+                self.fusion, dict(zip(theta_f, theta, strict=True)), (a, b)
+            ),
+            list(theta_f.values()),
+            v,
         )
-        _, slope = _slope(
+        _, slope = jvp(
             lambda f: weighted_fusion_loss(a, b, f, *weights, self.alpha1), (fused,), (fused_slope,)
         )
         gradient = torch.autograd.grad(-self.inner_lr * slope, list(self.proposal.parameters()))
@@ -197,14 +197,6 @@ class ReFusionMethod(Method):
             "reconstruction", torch.autograd.grad(loss_r, list(self.reconstruction.parameters()))
         )
         return _floats(fusion=loss_f, reconstruction=loss_r)
-
-
-def _slope(function, at: tuple, along: tuple):
-    """The value of `function` and its derivative along a direction, in forward mode."""
-    with warnings.catch_warnings():
-        # The first call makes torch load its forward-mode rules by a call it has itself deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
-        return jvp(function, at, along)
 
 
 def _floats(**losses: torch.Tensor) -> dict[str, float]:
