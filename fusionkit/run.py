@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import yaml
 from nbclient import NotebookClient
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from fusionkit.images import write_atomically
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+STUDIES = NOTEBOOKS.with_name("figures")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,6 +83,19 @@ def find_notebook(name: str) -> Path:
         known = ", ".join(path.stem for path in all_notebooks())
         raise FileNotFoundError(f"{name}: no such notebook; expected one of {known}")
     return found[0]
+
+
+def measured(name: str) -> pd.DataFrame:
+    """The table of a long study, `figures/NAME.csv`, as the full profile of a notebook wrote it.
+
+    Raises:
+        FileNotFoundError: no such study is stored; the message lists those there are.
+    """
+    path = STUDIES / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(sorted(study.stem for study in STUDIES.glob("*.csv"))) or "none"
+        raise FileNotFoundError(f"{path}: no such stored study; there are {known}")
+    return pd.read_csv(path)
 
 
 def check_parameters(path: Path, parameters: dict) -> None:

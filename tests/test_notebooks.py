@@ -9,6 +9,7 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from fusionkit import run
 from fusionkit.run import all_notebooks, check_parameters, find_notebook, main
 
 NOTEBOOKS = all_notebooks()
@@ -56,3 +57,13 @@ def test_a_known_parameter_passes():
 def test_an_unknown_notebook_lists_those_there_are():
     with pytest.raises(FileNotFoundError, match="00_quickstart"):
         find_notebook("99")
+
+
+def test_a_stored_study_is_read_and_an_unknown_one_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "STUDIES", tmp_path)
+    (tmp_path / "05_sequence.csv").write_text("arm,seed,entropy\nalone,0,6.5\n")
+    assert run.measured("05_sequence").to_dict("records") == [
+        {"arm": "alone", "seed": 0, "entropy": 6.5}
+    ]
+    with pytest.raises(FileNotFoundError, match="there are 05_sequence"):
+        run.measured("05_order")
