@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from fusionkit.allocator import keep_freed_memory
 from fusionkit.color import chroma, fuse_chroma, luminance, to_rgb
 from fusionkit.images import ImageLike, list_images, save_image, to_tensor
 from fusionkit.models.registry import create_model, model_entry
@@ -156,6 +157,7 @@ def _fuse_pair(
             "expected two registered pictures of one size"
         )
     pair = luminance(image_a)[None], luminance(image_b)[None]
+    keep_freed_memory()
     training = network.training
     try:
         fused = _run(network.eval(), *pair, tile)

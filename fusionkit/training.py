@@ -20,6 +20,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from fusionkit.allocator import keep_freed_memory
 from fusionkit.batches import STEP, batches, check_loader, random_state_kept, seed_all
 from fusionkit.images import write_atomically
 
@@ -81,6 +82,7 @@ def fit(
             not wait for the step and leaves the last checkpoint as it is.
     """
     _check_settings(seed, steps=steps, checkpoint_every=checkpoint_every, log_every=log_every)
+    keep_freed_memory()
     accelerator = _make_accelerator(device)
     place, main = accelerator.device, accelerator.is_main_process
     rank, processes = accelerator.process_index, accelerator.num_processes

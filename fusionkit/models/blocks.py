@@ -11,6 +11,8 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn import functional as F
 
+from fusionkit.kernels.gated_depthwise import gated_depthwise
+
 
 def conv1x1(in_dim: int, out_dim: int) -> nn.Conv2d:
     """A 1×1 convolution without bias."""
@@ -35,12 +37,13 @@ class ProjectedQKV(nn.Sequential):
 class ChannelStatistics(nn.Module):
     """What attention over channels takes from the whole picture: q kᵀ, ‖q‖² and ‖k‖².
 
-    (B, heads, c, pixels) twice -> (B, heads, c, c), (B, heads, c, 1), (B, heads, c, 1). All three
-    are sums over pixels. It is a module, though it has no weights, so that `tiling` can put the
-    sums of a large picture in the place of a tile's.
+    (B, C, H, W) twice -> (B, C, C), (B, C, 1), (B, C, 1). All three are sums over pixels. It is a
+    module, though it has no weights, so that `streaming` can put the sums of a large picture in
+    the place of a tile's.
     """
 
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k = q.flatten(2), k.flatten(2)
         return (
             q @ k.transpose(-1, -2),
             q.square().sum(-1, keepdim=True),
@@ -55,7 +58,12 @@ class ChannelAttention(nn.Module):
     the result at one pixel depends on all of it.
 
     q, k, v: (B, C, H, W) -> (B, C, H, W); head h owns the channels h·C/heads to
-    (h + 1)·C/heads - 1. The temperature, one for each head, is learned.
+    (h + 1)·C/heads - 1. The temperature, one for each head, is learned. `project` is the 1×1
+    convolution that follows, if one does.
+
+    The heads are narrow, two to four channels each. One C×C product for all of them, of which the
+    blocks on the diagonal count, takes fewer passes over the picture than a product for each; and
+    the projection, being linear too, is multiplied into that matrix.
     """
 
     def __init__(self, heads: int) -> None:
@@ -63,13 +71,30 @@ class ChannelAttention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.statistics = ChannelStatistics()
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        shape, heads = v.shape, len(self.temperature)
-        q, k, v = (x.reshape(x.shape[0], heads, x.shape[1] // heads, -1) for x in (q, k, v))
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        project: nn.Conv2d | None = None,
+    ) -> torch.Tensor:
+        matrix = self.matrix(q, k)
+        if project is not None:
+            matrix = project.weight.flatten(1) @ matrix
+        if len(v) == 1:  # a convolution keeps the memory format, whichever it is
+            return F.conv2d(v, matrix[0, :, :, None, None])
+        return (matrix @ v.flatten(2)).unflatten(2, v.shape[2:])
+
+    def matrix(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The attention of all heads, (B, C, C), zero between channels of different heads."""
         products, q_squared, k_squared = self.statistics(q, k)
-        # Normalised after the product: two full pictures less to move.
         cosines = products * _inverse_root(q_squared) * _inverse_root(k_squared).transpose(-1, -2)
-        return ((cosines * self.temperature).softmax(-1) @ v).reshape(shape)
+        batch, channels, heads = len(q), q.shape[1], len(self.temperature)
+        blocks = cosines.view(batch, heads, channels // heads, heads, channels // heads)
+        blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (B, heads, c, c)
+        attention = (blocks * self.temperature).softmax(-1)
+        apart = torch.eye(heads, dtype=q.dtype, device=q.device)[:, None, :, None]
+        return (attention.unsqueeze(3) * apart).flatten(3).flatten(1, 2)
 
 
 def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
@@ -91,7 +116,7 @@ class TransposedAttention(nn.Module):
         self.project = conv1x1(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(self.attend(*self.qkv(x).chunk(3, dim=1)))
+        return self.attend(*self.qkv(x).chunk(3, dim=1), self.project)
 
 
 class GatedFeedForward(nn.Module):
@@ -105,8 +130,7 @@ class GatedFeedForward(nn.Module):
         self.project = conv1x1(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.depthwise(self.expand(x)).chunk(2, dim=1)
-        return self.project(F.gelu(gate) * value)
+        return self.project(gated_depthwise(self.expand(x), self.depthwise.weight))
 
 
 class RestormerBlock(nn.Module):

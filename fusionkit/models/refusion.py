@@ -45,8 +45,8 @@ class CrossAttention(nn.Module):
         qa, ka, va = self.qkv_a(a).chunk(3, dim=1)
         qb, kb, vb = self.qkv_b(b).chunk(3, dim=1)
         return (
-            a + self.project_a(self.attend_a(qb, ka, va)),
-            b + self.project_b(self.attend_b(qa, kb, vb)),
+            a + self.attend_a(qb, ka, va, self.project_a),
+            b + self.attend_b(qa, kb, vb, self.project_b),
         )
 
 

@@ -70,17 +70,15 @@ class Walk:
         sums: dict[nn.Module, tuple] = {}
         tiles = [tile for row in self.rows(halo) for tile in row]
         for tile in tiles:
-            x = features[..., *tile.outer].to(torch.float32)
 
             def add(module: nn.Module, inputs: tuple, output: tuple) -> None:
-                size = x.shape[-2:]  # noqa: B023 (the hook lives as long as this tile)
-                inner = (z.unflatten(-1, size)[..., *tile.core].flatten(-2) for z in inputs)  # noqa: B023
+                inner = (z[..., *tile.core] for z in inputs)  # noqa: B023 (it lives as long as this tile)
                 new = [s.double() for s in type(module).forward(module, *inner)]
                 old = sums.get(module, (0,) * len(new))
                 sums[module] = tuple(p + q for p, q in zip(old, new, strict=True))
 
             with _hooked(within, add):
-                function(x)
+                function(features[..., *tile.outer].to(torch.float32))
         return {module: tuple(s.float() for s in total) for module, total in sums.items()}
 
     def attend(

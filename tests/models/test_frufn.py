@@ -12,8 +12,10 @@ import torch
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
-from fusionkit.models import create_model
-from fusionkit.models.fixed_point import BACKWARDS, FixedPointWarning
+from fusionkit.color import luminance
+from fusionkit.datasets.embedded import EmbeddedPairs
+from fusionkit.models import create_model, swin
+from fusionkit.models.fixed_point import BACKWARDS, FixedPointWarning, solve
 from fusionkit.models.frufn import EFRUFN, FRUFN
 from fusionkit.models.unfolding import MaskGenerator, UnfoldingUnit
 
@@ -322,7 +324,8 @@ def test_trace_of_frufn_ends_with_its_result():
     trace = network.trace(a, b)
     assert len(trace.pictures) == 3
     assert trace.residuals.shape == (3, 2)
-    close(trace.fused, network(a, b).detach(), atol=0)
+    with torch.no_grad():  # as in a trace; with gradients windows attend by another route
+        close(trace.fused, network(a, b), atol=0)
     close(trace.fused, trace.pictures[-1], atol=0)
     close(trace.mask, trace.masks[-1], atol=0)
     step = (trace.features[2] - trace.features[1]).flatten(1).norm(dim=1)
@@ -484,3 +487,40 @@ def test_mixed_precision(solver, backward):
 def test_constant_pictures(value):
     x = torch.full((1, 1, 16, 16), value)
     assert build(EFRUFN)(x, x).isfinite().all()
+
+
+# The weights that ship
+
+
+@pytest.mark.parametrize("task", ["ivif", "mfif", "meif"])
+def test_anderson_needs_fewer_evaluations_than_plain_iteration(task):
+    network = create_model("efrufn", task, pretrained=True)
+    item = EmbeddedPairs(task, count=1, size=(64, 64), seed=1)[0]
+    with torch.no_grad():
+        base, guide = network.encode(*(luminance(item[key])[None] for key in "ab"))
+    start = torch.cat([base, network.unit.first_mask(base)], dim=1)
+    options = {"tolerance": 1e-4, "relative": True, "max_evaluations": 30}
+    evaluations = {}
+    for solver in ("anderson", "plain"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FixedPointWarning)
+            found = solve(lambda x: network.step(x, base, guide), start, solver=solver, **options)
+        evaluations[solver] = found.evaluations
+        assert found.converged or solver == "plain"
+    assert evaluations["anderson"] < evaluations["plain"]
+
+
+@pytest.mark.parametrize(("window", "tolerance"), [(2, 2e-5), (4, 1e-6)])
+@pytest.mark.parametrize("size", [(2, 16, 24, 8), (1, 16, 8, 96)])
+def test_windows_attend_alike_with_and_without_gradients(monkeypatch, window, tolerance, size):
+    monkeypatch.setattr(swin, "BAND_PIXELS", 8 * size[-1])  # more than one band, and a smaller last
+    torch.manual_seed(0)
+    layer = swin.NormedSwin(16, 4, window)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(size)
+    expected = layer(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        close(layer(x), expected.detach(), atol=tolerance)
