@@ -18,6 +18,7 @@ from fusionkit.fuse import fuse, load_network
 from fusionkit.images import list_images, to_tensor
 from fusionkit.metrics.catalogue import SMALLER_IS_BETTER
 from fusionkit.metrics.evaluate import Metrics, choose, measure, summary
+from fusionkit.metrics.remember import remembering
 from fusionkit.models.registry import model_entry
 from fusionkit.parallel import in_parallel
 
@@ -112,12 +113,13 @@ def leaderboard(
     def rows(index: int) -> dict[tuple, dict[str, float]]:
         pair = pairs[index]
         a, b = (to_tensor(pair[key], f"{pair['name']} {key}") for key in "ab")
-        return {
-            (name, pair["name"]): measure(
-                f"{name} {pair['name']}", a, b, fuser(a, b, pair["name"]), chosen
-            )
-            for name, fuser in fusers.items()
-        }
+        with remembering(a, b):  # what metrics need of the sources serves all methods
+            return {
+                (name, pair["name"]): measure(
+                    f"{name} {pair['name']}", a, b, fuser(a, b, pair["name"]), chosen
+                )
+                for name, fuser in fusers.items()
+            }
 
     found = {}
     for result in in_parallel(rows, range(len(pairs)), workers, progress=progress, unit="pair"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fusionkit.metrics.remember import remembered
 from fusionkit.parallel import in_parallel
 
 
@@ -33,7 +34,8 @@ def by_picture(value: Callable[..., torch.Tensor], *images: torch.Tensor) -> tor
     if images[0].device.type != "cpu":
         return value(*gray_levels(*images))
     _check(*images)
-    pictures = list(zip(*(image.split(1) for image in images), strict=True))
+    one = len(images[0]) == 1  # itself, then, which may be remembered
+    pictures = [images] if one else list(zip(*(x.split(1) for x in images), strict=True))
     values = in_parallel(
         lambda picture: value(*map(_levels, picture)), pictures, torch.get_num_threads()
     )
@@ -60,10 +62,16 @@ def _check(*images: torch.Tensor) -> None:
                 f"a, b and fused must have one shape, got {tuple(first.shape)} "
                 f"and {tuple(image.shape)}"
             )
-        low, high = image.min().item(), image.max().item()
+        low, high = _range(image)
         if not (low >= 0 and high <= 1):  # NaN fails both comparisons
             raise ValueError(f"expected values in [0, 1], got {low:g} to {high:g}")
 
 
+@remembered
+def _range(image: torch.Tensor) -> tuple[float, float]:
+    return image.min().item(), image.max().item()
+
+
+@remembered
 def _levels(image: torch.Tensor) -> torch.Tensor:
     return image[:, 0].double() * 255

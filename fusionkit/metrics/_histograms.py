@@ -6,12 +6,16 @@ import math
 
 import torch
 
+from fusionkit.metrics.remember import remembered
 
+
+@remembered
 def histogram(x: torch.Tensor, bins: int = 256) -> torch.Tensor:
     """Shares of the levels 0 to bins - 1, rounded: (B, H, W) -> (B, bins), rows sum to 1."""
     return _shares(_levels(x), bins)
 
 
+@remembered
 def joint_histogram(x: torch.Tensor, y: torch.Tensor, bins: int = 256) -> torch.Tensor:
     """Shares of pairs of levels: (B, H, W) twice -> (B, bins, bins), x along the rows."""
     return _shares(_levels(x) * bins + _levels(y), bins * bins).unflatten(1, (bins, bins))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from fusionkit.kernels import ssim as kernel
 from fusionkit.metrics._filters import gaussian, separable
+from fusionkit.metrics.remember import remembered
 
 GAUSSIAN = tuple(gaussian(11, 1.5))  # the window of Wang et al. 2004
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -26,29 +26,40 @@ class Moments:
     `mean` and `variance` go by the pictures' names; `covariance("a", "f")` blurs the product.
     """
 
-    def __init__(self, taps: Sequence[float], **pictures: torch.Tensor):
+    def __init__(self, taps: tuple[float, ...], **pictures: torch.Tensor):
         self.taps = taps
         self.pictures = pictures
-        self.mean = {name: separable(x, taps) for name, x in pictures.items()}
-        self.variance = {
-            name: separable(x.square(), taps) - self.mean[name].square()
-            for name, x in pictures.items()
-        }
+        self.mean = {name: _mean(x, taps) for name, x in pictures.items()}
+        self.variance = {name: _variance(x, taps) for name, x in pictures.items()}
 
     def covariance(self, x: str, y: str) -> torch.Tensor:
-        product = separable(self.pictures[x] * self.pictures[y], self.taps)
-        return product - self.mean[x] * self.mean[y]
+        return _covariance(self.pictures[x], self.pictures[y], self.taps)
+
+
+@remembered
+def _mean(x: torch.Tensor, taps: tuple[float, ...]) -> torch.Tensor:
+    return separable(x, taps)
+
+
+@remembered
+def _variance(x: torch.Tensor, taps: tuple[float, ...]) -> torch.Tensor:
+    return separable(x.square(), taps) - _mean(x, taps).square()
+
+
+@remembered
+def _covariance(x: torch.Tensor, y: torch.Tensor, taps: tuple[float, ...]) -> torch.Tensor:
+    return separable(x * y, taps) - _mean(x, taps) * _mean(y, taps)
 
 
 def ssim_terms(
     moments: Moments, x: str, y: str, c1: float = C1, c2: float = C2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SSIM's two maps between the pictures x and y: luminance; contrast times structure."""
-    product = moments.mean[x] * moments.mean[y]
-    squares = moments.mean[x].square() + moments.mean[y].square()
-    luminance = (2 * product + c1) / (squares + c1)
-    variances = moments.variance[x] + moments.variance[y]
-    return luminance, (2 * moments.covariance(x, y) + c2) / (variances + c2)
+    means, variances = (
+        (moments.mean[x], moments.mean[y]),
+        (moments.variance[x], moments.variance[y]),
+    )
+    return kernel.ssim_terms(*means, *variances, moments.covariance(x, y), c1, c2)
 
 
 def ssim_map(moments: Moments, x: str, y: str, c1: float = C1, c2: float = C2) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import pad, separable
+from fusionkit.metrics.remember import remembered
 
 BLOCK = 16
 TINY = 1e-300  # makes 0 / 0 of two equal contrasts 1
@@ -56,7 +57,7 @@ def qcv(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
 
 
 def _qcb(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
-    a, b, f = (_masked_contrast(_seen(_stretched(x), _difference_of_gaussians)) for x in (a, b, f))
+    a, b, f = (_masked_contrast(x) for x in (a, b, f))
     weight = a.square() / (a.square() + b.square()).clamp_min(TINY)
     preserved_a, preserved_b = (
         (torch.minimum(x, f) + TINY) / (torch.maximum(x, f) + TINY) for x in (a, b)
@@ -68,13 +69,14 @@ def _qcv(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     a, b, f = (_stretched(x) for x in (a, b, f))
     weighted, weights = 0, 0
     for x in (a, b):
-        saliency = _block_means(_gradient_to_the_fifth(x))
+        saliency = _saliency(x)
         difference = _block_means(_seen(x - f, _mannos_sakrison).square())
         weighted = weighted + (saliency * difference).sum((-2, -1))
         weights = weights + saliency.sum((-2, -1))
     return weighted / weights
 
 
+@remembered
 def _stretched(levels: torch.Tensor) -> torch.Tensor:
     """Whole levels, stretched to 0 to 255 and rounded half up; a constant picture becomes 0."""
     levels = levels.round()
@@ -113,9 +115,10 @@ def _mannos_sakrison(cycles: torch.Tensor) -> torch.Tensor:
     return 2.6 * (0.0192 + r) * torch.exp(-(r**1.1))
 
 
+@remembered
 def _masked_contrast(x: torch.Tensor) -> torch.Tensor:
     """Peli's contrast by Gaussians of σ 2 and 4, after masking with k = h = 1, p = 3, q = 2."""
-    x = pad(x, 15, "zeros")
+    x = pad(_seen(_stretched(x), _difference_of_gaussians), 15, "zeros")
     contrast = (separable(x, _density(2)) / separable(x, _density(4)) - 1).abs()
     square = contrast.square()
     return contrast * square / (square + 1e-4)
@@ -127,11 +130,13 @@ def _density(sigma: float) -> list[float]:
     return [math.exp(-(t**2) / (2 * sigma**2)) / scale for t in range(-15, 16)]
 
 
-def _gradient_to_the_fifth(x: torch.Tensor) -> torch.Tensor:
+@remembered
+def _saliency(x: torch.Tensor) -> torch.Tensor:
+    """Of each block, by the fifth power of the Sobel magnitude."""
     x = pad(x, 1, "zeros")
     smooth, difference = (1, 2, 1), (-1, 0, 1)
     square = separable(x, difference, smooth).square() + separable(x, smooth, difference).square()
-    return square.square() * square.sqrt()
+    return _block_means(square.square() * square.sqrt())
 
 
 def _block_means(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import pad
 from fusionkit.metrics._sobel import magnitude, sobel, whole_levels
+from fusionkit.metrics.remember import remembered
 from fusionkit.names import check_name
 
 QABF_CONVENTIONS = ("matlab", "paper")
@@ -144,6 +145,7 @@ def qg(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
     return by_picture(value, a, b, fused)
 
 
+@remembered
 def _qabf_edges(x: torch.Tensor) -> Edges:
     gx, gy = sobel(pad(whole_levels(x), 1, "zeros"))
     # The angle counts upwards, and no horizontal gradient is π/2 whatever the vertical one.
@@ -152,12 +154,17 @@ def _qabf_edges(x: torch.Tensor) -> Edges:
     return Edges(magnitude(gx, gy), angle)
 
 
+@remembered
 def _nabf_edges(x: torch.Tensor) -> Edges:
     mirrored = F.pad(whole_levels(x)[:, None], (1, 1, 1, 1), mode="reflect")[:, 0]
     gx, gy = (g / 8 for g in sobel(mirrored))
-    return Edges(magnitude(gx, gy), torch.atan(gx / gy).nan_to_num(0.0))
+    # Right angles, whose sign does not matter, and 0 where there is no gradient.
+    level = gy == 0
+    angle = torch.where(level, gx.sign() * (math.pi / 2), torch.atan(gx / gy.masked_fill(level, 1)))
+    return Edges(magnitude(gx, gy), angle)
 
 
+@remembered
 def _qg_edges(x: torch.Tensor) -> Edges:
     gx, gy = sobel(pad(whole_levels(x), 1, "zeros"))
     gx = gx.masked_fill(gx == 0, LIU_STEP)

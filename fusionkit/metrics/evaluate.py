@@ -14,6 +14,7 @@ from scipy import stats
 from fusionkit.color import luminance
 from fusionkit.images import ImageLike, list_images, to_tensor
 from fusionkit.metrics.catalogue import COMMON, METRICS
+from fusionkit.metrics.remember import remembered, remembering
 from fusionkit.names import check_name
 from fusionkit.parallel import in_parallel
 
@@ -106,16 +107,17 @@ def measure(
     sizes = ["×".join(map(str, x.shape[-2:])) for x in (a, b, fused)]
     if len(set(sizes)) > 1:
         raise ValueError(f"{name}: a, b and fused differ in size: {', '.join(sizes)}")
-    levels = [_eight_bit(luminance(_eight_bit(x)))[None].to(device) for x in (a, b, fused)]
     row = {}
-    for metric, function in metrics.items():
-        why = "its definition gives no value for these pictures, as where one of them is constant"
-        try:
-            row[metric] = function(*levels).item()
-        except ValueError as error:  # too small for its window; the other metrics still tell
-            row[metric], why = float("nan"), str(error)
-        if row[metric] != row[metric]:
-            warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=1)
+    with remembering(a, b, fused):
+        levels = [_gray(x, device) for x in (a, b, fused)]
+        for metric, function in metrics.items():
+            why = "its definition gives no value for these pictures, as where one is constant"
+            try:
+                row[metric] = function(*levels).item()
+            except ValueError as error:  # too small for its window; the other metrics still tell
+                row[metric], why = float("nan"), str(error)
+            if row[metric] != row[metric]:
+                warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=1)
     return row
 
 
@@ -145,6 +147,12 @@ def summary(table: pd.DataFrame, confidence: float = 0.95, resamples: int = 2000
         mean = values.mean() if len(values) else float("nan")
         rows[metric] = {"mean": mean, "low": low, "high": high, "pictures": len(values)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+
+
+@remembered
+def _gray(image: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """(1, 1, H, W): the luminance at 8 bits."""
+    return _eight_bit(luminance(_eight_bit(image)))[None].to(device)
 
 
 def _eight_bit(image: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import gaussian, separable
+from fusionkit.metrics.remember import remembered
 from fusionkit.names import check_name
 
 REDUCTIONS = ("sum", "mean")
 
-WINDOWS = (17, 9, 5, 3)
+WINDOWS = tuple(tuple(gaussian(size, size / 5)) for size in (17, 9, 5, 3))
 SMALLEST = 41  # leaves one whole window at the fourth scale
 EPSILON = 1e-10  # variances below are flat; also the least variance of the distortion
 
@@ -89,7 +90,7 @@ def _vif(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor, noise: float) -> tor
 
 def _viff(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     total = 0
-    scales = _scales(a.round(), b.round(), f.round())
+    scales = _scales(*(_rounded(x) for x in (a, b, f)))
     for weight, (taps, images) in zip(VIFF_WEIGHTS, scales, strict=True):
         if not weight:
             continue
@@ -104,35 +105,47 @@ def _viff(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 
 def _scales(
     *images: torch.Tensor,
-) -> Iterator[tuple[list[float], list[torch.Tensor]]]:
+) -> Iterator[tuple[tuple[float, ...], list[torch.Tensor]]]:
     """Each scale's window and its pictures, blurred by that window and halved after the first."""
     height, width = images[0].shape[-2:]
     if min(height, width) < SMALLEST:
         raise ValueError(
             f"four scales need pictures of {SMALLEST}×{SMALLEST} pixels; got {height}×{width}"
         )
-    # Covariances do not change, and lose fewer digits about the mean.
-    images = [x - x.detach().mean((-2, -1), keepdim=True) for x in images]
-    for size in WINDOWS:
-        taps = gaussian(size, size / 5)
-        if size != WINDOWS[0]:
-            images = [separable(x, taps)[..., ::2, ::2].contiguous() for x in images]
+    images = [_centred(x) for x in images]
+    for taps in WINDOWS:
+        if taps != WINDOWS[0]:
+            images = [_smaller(x, taps) for x in images]
         yield taps, images
 
 
+@remembered
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.round()
+
+
+@remembered
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    # Covariances do not change, and lose fewer digits about the mean.
+    return x - x.detach().mean((-2, -1), keepdim=True)
+
+
+@remembered
+def _smaller(x: torch.Tensor, taps: tuple[float, ...]) -> torch.Tensor:
+    return separable(x, taps)[..., ::2, ::2].contiguous()
+
+
 def _information(
-    taps: list[float], a: torch.Tensor, b: torch.Tensor, f: torch.Tensor, noise: float
+    taps: tuple[float, ...], a: torch.Tensor, b: torch.Tensor, f: torch.Tensor, noise: float
 ) -> list[torch.Tensor]:
     """At each window and for both sources: gain, information passed, information present.
 
     Each (2, B, h, w). The model of a window is fused = gain · source + distortion.
     """
-    mean_f = separable(f, taps)
-    variance_f = _variance(f, mean_f, taps)
+    mean_f, variance_f = _moments(f, taps)
     maps = []
     for x in (a, b):
-        mean = separable(x, taps)
-        variance = _variance(x, mean, taps)
+        mean, variance = _moments(x, taps)
         covariance = separable(x * f, taps) - mean * mean_f
         uneven = (variance > 0) & (variance_f > 0)
         gain = torch.where(uneven, covariance / (variance + EPSILON), 0).clamp_min(0)
@@ -142,5 +155,8 @@ def _information(
     return [torch.stack(pair) for pair in zip(*maps, strict=True)]
 
 
-def _variance(x: torch.Tensor, mean: torch.Tensor, taps: list[float]) -> torch.Tensor:
-    return F.threshold(separable(x * x, taps) - mean * mean, EPSILON, 0)
+@remembered
+def _moments(x: torch.Tensor, taps: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance in the windows."""
+    mean = separable(x, taps)
+    return mean, F.threshold(separable(x * x, taps) - mean * mean, EPSILON, 0)

@@ -9,6 +9,7 @@ import torch
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import box, pad, separable
 from fusionkit.metrics._ssim import C2, GAUSSIAN, Moments, check_size
+from fusionkit.metrics.remember import remembered
 
 PATCH = 11
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001)
@@ -83,9 +84,10 @@ def _scale(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     return similarity.mean((-2, -1))
 
 
+@remembered
 def _factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What to multiply the sources' mean-free patches by, to add up to the desired patch."""
-    patches = Moments(box(PATCH), a=a, b=b)
+    patches = Moments(tuple(box(PATCH)), a=a, b=b)
     var_a, var_b = (patches.variance[x].clamp(min=0) for x in "ab")
     covariance = patches.covariance("a", "b")
     norm_a, norm_b = var_a.sqrt(), var_b.sqrt()
@@ -106,6 +108,7 @@ def _factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return share_a * scale, share_b * scale
 
 
+@remembered
 def _halve(x: torch.Tensor) -> torch.Tensor:
     """Means of 2×2 pixels, every second one; the border is mirrored where the size is odd."""
     return separable(pad(x, (0, 1, 0, 1), "symmetric"), box(2))[..., ::2, ::2]

@@ -12,7 +12,9 @@ import torch
 
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import correlate, gaussian, pad
+from fusionkit.metrics._sobel import magnitude
 from fusionkit.metrics._ssim import FLAT, GAUSSIAN, Moments, check_size, ssim_map
+from fusionkit.metrics.remember import remembered
 from fusionkit.names import check_name
 
 EDGE_CONVENTIONS = ("liu", "mefb", "piella")
@@ -116,8 +118,7 @@ def qc(
         check_size(f, len(SMALL_GAUSSIAN), "Q_C")
         moments = Moments(SMALL_GAUSSIAN, a=a, b=b, f=f)
         (with_a, cov_a), (with_b, cov_b) = (_quality_index(moments, x, "f") for x in "ab")
-        total = cov_a + cov_b
-        share = torch.where(total == 0, 0.5, cov_a / total)
+        share = _divided(cov_a, cov_a + cov_b, 0.5)
         limited = share.clamp(0, 1)
         quality = limited * with_a + (1 - limited) * with_b
         if convention == "mefb":
@@ -173,29 +174,36 @@ def _qw(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     return (saliency * similarity).sum((-2, -1)) / saliency.sum((-2, -1))
 
 
+@remembered
 def _edges(x: torch.Tensor) -> torch.Tensor:
     x = pad(x, 1, "zeros")
     transposed = tuple(zip(*PREWITT, strict=True))
-    return (correlate(x, PREWITT).square() + correlate(x, transposed).square()).sqrt()
+    return magnitude(correlate(x, PREWITT), correlate(x, transposed))
 
 
 def _quality_index(moments: Moments, x: str, y: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Wang and Bovik's universal quality index, SSIM's limit for constants of 0; the covariance."""
     product = 2 * moments.mean[x] * moments.mean[y]
     squares = moments.mean[x].square() + moments.mean[y].square()
-    luminance = torch.where(squares > 0, product / squares, 1)
+    luminance = _divided(product, squares, 1)
     var_x, var_y = moments.variance[x], moments.variance[y]
     flat_x, flat_y = var_x < FLAT, var_y < FLAT
     covariance = torch.where(flat_x | flat_y, 0, moments.covariance(x, y))
-    structure = torch.where(flat_x & flat_y, 1, 2 * covariance / (var_x + var_y))
+    total = torch.where(flat_x & flat_y, 0, var_x + var_y)
+    structure = _divided(2 * covariance, total, 1)
     return luminance * structure, covariance
 
 
 def _share(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x / (x + y) of two variances; one half where both are flat."""
     x, y = _no_noise(x), _no_noise(y)
-    total = x + y
-    return torch.where(total > 0, x / total, 0.5)
+    return _divided(x, x + y, 0.5)
+
+
+def _divided(x: torch.Tensor, y: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """x / y, and `otherwise` where y is 0, with gradient 0 there."""
+    none = y == 0
+    return torch.where(none, otherwise, x / y.masked_fill(none, 1))
 
 
 def _no_noise(variance: torch.Tensor) -> torch.Tensor:

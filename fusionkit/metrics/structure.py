@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fusionkit.metrics._common import by_picture, correlation
 from fusionkit.metrics._ssim import C1, C2, GAUSSIAN, REDUCTIONS, Moments, ssim_map, ssim_terms
+from fusionkit.metrics.remember import remembered
 from fusionkit.names import check_name
 
 CONVENTIONS = ("standard", "ivif_zoo")
@@ -108,7 +109,7 @@ def ms_ssim(
             raise ValueError(
                 f"MS-SSIM's five scales need 176×176 pixels; got {f.shape[-2]}×{f.shape[-1]}"
             )
-        pictures = torch.stack([a, b, f])
+        pictures = a, b, f
         products = [1, 1]
         for scale, weight in enumerate(SCALE_WEIGHTS):
             coarsest = scale == len(SCALE_WEIGHTS) - 1
@@ -118,11 +119,16 @@ def ms_ssim(
                 mean = (luminance * structure if coarsest else structure).mean((-2, -1))
                 products[i] = products[i] * _positive_power(mean, weight)
             if not coarsest:
-                pictures = F.avg_pool2d(pictures, 2)
+                pictures = [_halve(x) for x in pictures]
         return products[0] + products[1]
 
     total = by_picture(value, a, b, fused)
     return total / 2 if reduction == "mean" else total
+
+
+@remembered
+def _halve(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(x, 2)
 
 
 def _constants(convention: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import torch
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import gaussian, separable
 from fusionkit.metrics._phase_congruency import phase_congruency
+from fusionkit.metrics.remember import remembered
 
 LEVEL_EXPONENTS = (2 / 3, 1 / 3)  # of the fine and the coarse level, as the collection has them
 
@@ -61,44 +62,52 @@ def _qp(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"Q_P's window is {len(WINDOW)} wide; got {height}×{width} pixels")
     product = 1
     for a_map, b_map, f_map in zip(*map(phase_congruency, (a, b, f)), strict=True):
-        references = torch.stack([a_map, b_map, torch.maximum(a_map, b_map)])
-        product = product * _correlations(references, f_map).amax(0).mean((-2, -1))
+        references = a_map, b_map, _larger(a_map, b_map)
+        correlations = torch.stack([_correlation(x, f_map) for x in references])
+        product = product * correlations.amax(0).mean((-2, -1))
     return product
 
 
-def _correlations(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Local correlations of each of (N, B, H, W) with (B, H, W)."""
-    mean_x, mean_y = separable(x, WINDOW), separable(y, WINDOW)
+@remembered
+def _larger(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(x, y)
+
+
+@remembered
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance in the windows."""
+    mean = separable(x, WINDOW)
+    return mean, (separable(x.square(), WINDOW) - mean.square()).clamp_min_(0)
+
+
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Local correlation of (B, H, W) and (B, H, W)."""
+    (mean_x, variance_x), (mean_y, variance_y) = _moments(x), _moments(y)
     covariance = separable(x * y, WINDOW) - mean_x * mean_y
-    variances = [
-        (separable(z.square(), WINDOW) - mean.square()).clamp_min(0)
-        for z, mean in ((x, mean_x), (y, mean_y))
-    ]
-    return (covariance + FLAT) / ((variances[0] * variances[1]).sqrt() + FLAT)
+    return (covariance + FLAT) / ((variance_x * variance_y).sqrt() + FLAT)
 
 
 def _qm(a: torch.Tensor, b: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     if min(f.shape[-2:]) < 4:
         raise ValueError(f"Q_M needs 4×4 pixels at least; got {f.shape[-2]}×{f.shape[-1]}")
-    approximation = torch.stack([a, b, f])
     product = 1
     for exponent in LEVEL_EXPONENTS:
-        approximation, details = _haar(approximation)
-        *sources, f = details
+        (a, a_details), (b, b_details), (f, f_details) = (_haar(x) for x in (a, b, f))
         kept = total = 0
-        for source in sources:
-            energy = source.square().sum(0)
-            kept = kept + (torch.exp(-(source - f).abs()).sum(0) * energy).sum((-2, -1))
+        for details in (a_details, b_details):
+            energy = details.square().sum(0)
+            kept = kept + (torch.exp(-(details - f_details).abs()).sum(0) * energy).sum((-2, -1))
             total = total + energy.sum((-2, -1))
         product = product * (kept / total) ** exponent
     return product
 
 
+@remembered
 def _haar(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One orthonormal level: (N, B, H, W) -> (N, B, H/2, W/2) and details (N, 3, B, H/2, W/2)."""
+    """One orthonormal level: (B, H, W) -> (B, H/2, W/2) and details (3, B, H/2, W/2)."""
     height, width = (size // 2 * 2 for size in x.shape[-2:])
     top, bottom = x[..., 0:height:2, :width] / 2, x[..., 1:height:2, :width] / 2
     mean, slope = top + bottom, top - bottom
     low, rows = mean[..., 0::2] + mean[..., 1::2], slope[..., 0::2] + slope[..., 1::2]
     columns, diagonal = mean[..., 0::2] - mean[..., 1::2], slope[..., 0::2] - slope[..., 1::2]
-    return low, torch.stack([columns, rows, diagonal], dim=1)
+    return low, torch.stack([columns, rows, diagonal])

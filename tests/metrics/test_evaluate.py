@@ -138,6 +138,22 @@ def test_a_metric_that_refuses_is_named_with_its_picture():
     assert table["ssim"].isna().all()
 
 
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
+def test_pictures_one_pixel_wide_are_refused(size):
+    thin = [x[..., : size[0], : size[1]] for x in random_pictures(1)]
+    with pytest.raises(ValueError, match=f"{size[0]}×{size[1]} pixels; expected at least 8×8"):
+        fk.evaluate(*thin)
+
+
+def test_nan_in_a_picture_is_refused():
+    a, b, fused = random_pictures(1)
+    for place in range(3):
+        broken = [x.clone() for x in (a, b, fused)]
+        broken[place][0, 0, 2, 3] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            fk.evaluate(*broken)
+
+
 def test_summary_has_intervals_that_narrow_with_more_pictures():
     rng = np.random.default_rng(0)
     values = rng.normal(5, 1, 400)

@@ -77,7 +77,7 @@ def step(contrast: float, size: int = 64) -> torch.Tensor:
 
 def test_phase_congruency_finds_edges_whatever_their_contrast():
     weak, strong = phase_congruency(step(2.0)), phase_congruency(step(200.0))
-    torch.testing.assert_close(weak.congruency, strong.congruency, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(weak.congruency, strong.congruency, rtol=1e-5, atol=1e-7)
     row = strong.maximum_moment[0, 32]
     assert row[15:17].min() > 0.5
     assert row[24:40].max() < 0.1

@@ -1,0 +1,88 @@
+"""What several metrics, or several fused pictures, need of the same pictures: computed once.
+
+Half of the metrics' work is on the sources alone, and metrics of one family begin alike. Metrics
+stay functions of three pictures; the steps they share are marked `remembered`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+ROOM = 2**28  # bytes that a scope keeps; of pictures up to a megapixel, it is nearly everything
+
+
+class _Scope:
+    def __init__(self):
+        self.results: dict[tuple, object] = {}
+        self.tensors: dict[int, torch.Tensor] = {}  # held, so that no id is given twice
+        self.room = ROOM
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.scopes: list[_Scope] = []
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def remembering(*pictures: torch.Tensor) -> Iterator[None]:
+    """Within, in this thread, `remembered` functions keep what they compute of these tensors, and
+    of tensors computed of them, until the end.
+
+    Scopes may be nested: what follows from an outer scope's pictures alone is kept until its end.
+    Pictures must not be changed within.
+    """
+    scope = _Scope()
+    scope.tensors.update((id(x), x) for x in pictures)
+    _thread.scopes.append(scope)
+    try:
+        yield
+    finally:
+        _thread.scopes.remove(scope)
+
+
+def remembered(function: Callable) -> Callable:
+    """Mark `function(*tensors_and_hashable_values)` to be computed once where `remembering`.
+
+    It gives a tensor, or a tuple of tensors or numbers, which its callers must not change.
+    """
+
+    @functools.wraps(function)
+    def once(*args):
+        scope = _scope_of([x for x in args if isinstance(x, torch.Tensor)])
+        if scope is None:
+            return function(*args)
+        key = (function, *(id(x) if isinstance(x, torch.Tensor) else x for x in args))
+        if key not in scope.results:
+            result = function(*args)
+            parts = result if isinstance(result, tuple) else (result,)
+            found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
+            size = sum(x.nbytes for x in found.values())
+            if size > scope.room:
+                return result
+            scope.room -= size
+            scope.tensors.update(found)
+            scope.results[key] = result
+        return scope.results[key]
+
+    return once
+
+
+def _scope_of(tensors: list[torch.Tensor]) -> _Scope | None:
+    """The innermost of the scopes that these tensors belong to, each to its outermost one."""
+    scopes = _thread.scopes
+    depth = 0
+    for tensor in tensors:
+        owners = (i for i, scope in enumerate(scopes) if id(tensor) in scope.tensors)
+        owner = next(owners, None)
+        if owner is None:
+            return None
+        depth = max(depth, owner)
+    return scopes[depth] if scopes else None

@@ -1,0 +1,97 @@
+"""What is remembered is used again, and changes no value."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from fusionkit.metrics import METRICS, remember
+from fusionkit.metrics.evaluate import measure
+from fusionkit.metrics.remember import remembered, remembering
+
+from .reference import related
+
+
+@pytest.fixture
+def calls() -> list:
+    return []
+
+
+@pytest.fixture
+def double(calls):
+    @remembered
+    def double(x, y=None, factor=2):
+        calls.append(1)
+        return x * factor
+
+    return double
+
+
+def test_all_metrics_are_the_same_remembered(monkeypatch):
+    a, b, fused = ((x * 255).round().div(255) for x in related(1))
+    others = [fused, (a + b) / 2, torch.maximum(a, b)]
+    levels = [(x * 255).round() / 255 for x in others]
+    expected = [{n: m(a, b, f).item() for n, m in METRICS.items()} for f in levels]
+    with remembering(a[0], b[0]):
+        found = [measure(0, a[0], b[0], f[0], METRICS) for f in others]
+    assert found == expected
+    monkeypatch.setattr(remember, "ROOM", 100_000)  # some steps are kept, and others are not
+    with remembering(a[0], b[0]):
+        assert measure(0, a[0], b[0], fused[0], METRICS) == expected[0]
+
+
+def test_once_while_remembering(calls, double):
+    x, other = torch.ones(2), torch.ones(2)
+    double(x)
+    double(x)
+    assert len(calls) == 2
+    with remembering(x):
+        first = double(x)
+        assert double(x) is first
+        assert double(first) is double(first)  # of what was computed of x
+        assert len(calls) == 4
+        double(x, None, 3)
+        double(other)
+        double(other)  # a picture of nobody's
+        double(x, other)
+        assert len(calls) == 8
+    double(x)
+    assert len(calls) == 9
+
+
+def test_an_inner_scope_forgets_what_is_its_own(calls, double):
+    sources, fused = torch.ones(2), torch.ones(2)
+    with remembering(sources):
+        for _ in range(3):
+            with remembering(sources, fused):
+                double(sources)
+                double(fused)
+                double(sources, fused)
+    assert len(calls) == 1 + 3 * 2
+
+
+def test_threads_and_full_scopes_remember_nothing_of_others(calls, double, monkeypatch):
+    x = torch.ones(2)
+    with remembering(x):
+        double(x)
+        thread = threading.Thread(target=double, args=(x,))
+        thread.start()
+        thread.join()
+        assert len(calls) == 2
+    monkeypatch.setattr(remember, "ROOM", x.nbytes)
+    with remembering(x):
+        for _ in range(2):
+            double(x)  # fills it
+            double(x, None, 3)
+    assert len(calls) == 2 + 1 + 2
+
+
+def test_an_error_ends_the_scope(calls, double):
+    x = torch.ones(2)
+    with pytest.raises(ZeroDivisionError), remembering(x):
+        1 / 0  # noqa: B018
+    double(x)
+    double(x)
+    assert len(calls) == 2
