@@ -3,54 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
+from fusionkit.kernels.maximum_loss import maximum_terms
+from fusionkit.kernels.sobel import sobel, sobel_components
+from fusionkit.kernels.ssim import ssim, ssim_of_both  # noqa: F401 (`ssim` is a term, too)
 from fusionkit.names import check_name
-
-
-def sobel_components(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
-    """∂x I and ∂y I by the Sobel operator, kernel weights 1 2 1: (B, 1, H, W) -> (B, 2, H, W).
-
-    The border is replicated, so that a flat picture has no edges; "zeros" pads with black, as the
-    releases of TDFusion and FRUFN do.
-    """
-    smooth = image.new_tensor([1.0, 2.0, 1.0])
-    differ = image.new_tensor([-1.0, 0.0, 1.0])
-    kernels = torch.stack([torch.outer(smooth, differ), torch.outer(differ, smooth)])[:, None]
-    mode = "constant" if border == "zeros" else border
-    return F.conv2d(F.pad(image, (1, 1, 1, 1), mode=mode), kernels)
-
-
-def sobel(image: torch.Tensor, border: str = "replicate") -> torch.Tensor:
-    """∇I: the Sobel gradient's magnitude |∂x I| + |∂y I|, (B, 1, H, W) -> (B, 1, H, W).
-
-    `border`: as in `sobel_components`.
-    """
-    return sobel_components(image, border).abs().sum(dim=1, keepdim=True)
-
-
-def ssim(x: torch.Tensor, y: torch.Tensor, border: str = "valid", window: int = 11) -> torch.Tensor:
-    """Mean structural similarity of (B, C, H, W) pictures in [0, 1], for use in a loss; a scalar.
-
-    Gaussian window of odd side `window` with σ 1.5, C1 = 1e-4, C2 = 9e-4. `border`: "valid" leaves
-    windows out that reach beyond the picture; "zeros" pads with black, as the releases of TC-MoA
-    and FRUFN do in most of their terms.
-
-    Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
-    2004.
-    """
-    reach = window // 2
-    position = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-    weights = torch.softmax(-position.square() / (2 * 1.5**2), dim=0)
-    padding = reach if border == "zeros" else 0
-    stack = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
-    blurred = F.conv2d(stack, weights.view(1, 1, 1, window), padding=(0, padding))
-    blurred = F.conv2d(blurred, weights.view(1, 1, window, 1), padding=(padding, 0))
-    mean_x, mean_y, xx, yy, xy = blurred.chunk(5)
-    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
-    luminance = (2 * product + 1e-4) / (squares + 1e-4)
-    contrast_structure = (2 * (xy - product) + 9e-4) / (xx + yy - squares + 9e-4)
-    return (luminance * contrast_structure).mean()
 
 
 def maximum_intensity_loss(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
@@ -64,6 +21,13 @@ def maximum_gradient_loss(
     """Mean |∇fused - max(∇a, ∇b)|: equation 6 of the gradient transfer paper."""
     strongest = torch.maximum(sobel(a, border), sobel(b, border))
     return (sobel(fused, border) - strongest).abs().mean()
+
+
+def maximum_losses(
+    a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor, border: str = "replicate"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`maximum_intensity_loss` and `maximum_gradient_loss`; on a GPU both in one pass."""
+    return maximum_terms(a, b, fused, border)
 
 
 def structure_loss(
@@ -85,7 +49,7 @@ def structure_loss(
         ValueError: unknown weighting.
     """
     check_name(weighting, ("equal", "gradient"), "weighting")
-    similarity_a, similarity_b = ssim(fused, a, border), ssim(fused, b, border)
+    similarity_a, similarity_b = ssim_of_both(a, b, fused, border)
     if weighting == "equal":
         return 2 - similarity_a - similarity_b
     edges = "zeros" if border == "zeros" else "replicate"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
-from fusionkit.losses import sobel, ssim
+from fusionkit.losses import sobel, ssim_of_both
 from fusionkit.names import check_name
 from fusionkit.tasks.base import as_rgb
 
@@ -75,6 +75,7 @@ def searched_terms(
     """
     (salient_a, salient_b), maximum = saliency_weights(a, b), torch.maximum(a, b)
     edges, edges_a, edges_b = sobel(fused), sobel(a), sobel(b)
+    ssim_a, ssim_b = ssim_of_both(a, b, fused, window=SSIM_WINDOW)
     terms = {
         "saliency_l1_visible": (salient_b * (fused - b)).abs().mean(),
         "saliency_l1_infrared": (salient_a * (fused - a)).abs().mean(),
@@ -84,8 +85,8 @@ def searched_terms(
         "mse_visible": F.mse_loss(fused, b),
         "mse_infrared": F.mse_loss(fused, a),
         "mse_maximum": F.mse_loss(fused, maximum),
-        "ssim_infrared": (1 - ssim(fused, a, window=SSIM_WINDOW)) / 2,
-        "ssim_visible": (1 - ssim(fused, b, window=SSIM_WINDOW)) / 2,
+        "ssim_infrared": (1 - ssim_a) / 2,
+        "ssim_visible": (1 - ssim_b) / 2,
         "gradient_infrared": F.l1_loss(edges, edges_a),
         "gradient_visible": F.l1_loss(edges, edges_b),
         "gradient_maximum": F.l1_loss(edges, torch.maximum(edges_a, edges_b)),

@@ -8,21 +8,25 @@ Fusion Rule Unfolding, section 3.1. Any network with `forward(a, b) -> fused` ca
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from fusionkit.losses import (
     gradient_transfer_loss,
-    maximum_gradient_loss,
-    maximum_intensity_loss,
+    maximum_losses,
     ssim,
     structure_loss,
 )
 from fusionkit.methods.base import Method, cosine
 from fusionkit.names import check_name
+from fusionkit.training import fit
 
 FORMS = ("paper", "released")
 # λ of equation 1 per task, as the release's scripts weigh it. They have no teacher for the first
@@ -158,11 +162,11 @@ class GradientTransferMethod(Method):
         edges = "zeros" if released else "replicate"
         if self.task == "ivif":
             weighting, border = ("gradient", "zeros") if released else ("equal", "valid")
-            texture = maximum_gradient_loss(a, b, fused, edges)
+            intensity, texture = maximum_losses(a, b, fused, edges)  # eq. 5, eq. 6
             structure = structure_loss(a, b, fused, weighting, border)
             terms = {
-                "intensity": maximum_intensity_loss(a, b, fused),  # eq. 5
-                "texture": self.texture_weight * texture,  # eq. 6
+                "intensity": intensity,
+                "texture": self.texture_weight * texture,
                 "structure": self.structure_weight * structure,  # eq. 7
             }
             if self.spread_weight:
@@ -174,3 +178,54 @@ class GradientTransferMethod(Method):
             transfer = gradient_transfer_loss(taught, fused, self.form, edges)  # eq. 3
             terms["transfer"] = self.transfer_weight * transfer
         return terms
+
+
+def train_stages(
+    build: Callable[[], nn.Module],
+    stages: Mapping[str, DataLoader],
+    out_dir: str | os.PathLike,
+    *,
+    seed: int = 0,
+    inherit: Collection[str] = ("ivif",),
+    options: Mapping[str, object] | None = None,
+    **fit_options,
+) -> dict[str, nn.Module]:
+    """Train a network a task, in the order of `stages`, each taught by the one before (Fig. 4).
+
+    {"mfif": ..., "meif": ..., "ivif": ...} is the paper's sequence, another order one of its
+    ablations, and a single task that task by itself. A run that was killed goes on where it was.
+
+    Args:
+        build: makes a new network; called with the seed set.
+        stages: the loader of each task; a stage is one pass of it, with the learning rate falling
+            to zero.
+        out_dir: holds a folder a task, as `fit` writes it.
+        inherit: tasks that start from their teacher's weights in place of new ones.
+        options: of `GradientTransferMethod`, for all stages.
+        fit_options: of `fit`.
+
+    Returns:
+        The trained network of each task.
+
+    Raises:
+        ValueError: as `GradientTransferMethod` and `fit`.
+    """
+    networks, teacher = {}, None
+    for task, loader in stages.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fusion = build()
+        if teacher is not None and task in inherit:
+            fusion.load_state_dict(teacher.state_dict())
+        settings = {"anneal_steps": len(loader), **(options or {})}
+        method = GradientTransferMethod(fusion, task=task, teacher=teacher, **settings)
+        fit(
+            method,
+            loader,
+            steps=len(loader),
+            out_dir=Path(out_dir) / task,
+            seed=seed,
+            **fit_options,
+        )
+        networks[task] = teacher = method.fusion
+    return networks

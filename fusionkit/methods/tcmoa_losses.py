@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from fusionkit.losses import maximum_intensity_loss, sobel, ssim
+from fusionkit.losses import maximum_intensity_loss, sobel, ssim, ssim_of_both
 from fusionkit.models.adapters import ROUTED_TASKS
 from fusionkit.models.tcmoa import TCMoAOutput
 from fusionkit.names import check_name
@@ -110,7 +110,7 @@ def _mfif(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor, warmup: bool) -
 
 def _mean_dissimilarity(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
     """The mean over both sources of 1 - SSIM with the fused picture."""
-    return 1 - (ssim(fused, a, border="zeros") + ssim(fused, b, border="zeros")) / 2
+    return 1 - sum(ssim_of_both(a, b, fused, border="zeros")) / 2
 
 
 def average_intensity_loss(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:

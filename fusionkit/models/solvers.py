@@ -32,12 +32,16 @@ class Anderson:
         if self.count == 0:
             self.values = value.new_empty(len(value), self.memory, value[0].numel())
             self.residuals = torch.empty_like(self.values)
+            self.gram = value.new_empty(len(value), self.memory, self.memory)
         slot = self.count % self.memory  # the newest takes the oldest's place; order is no matter
         self.values[:, slot], self.residuals[:, slot] = value.flatten(1), (value - x).flatten(1)
         self.count += 1
         kept = min(self.count, self.memory)
         values, residuals = self.values[:, :kept], self.residuals[:, :kept]
-        weights = mixing_weights(residuals @ residuals.mT, self.regularisation)[:, None]
+        # One new row; item by item, since a batched product with a vector is slow on a CPU.
+        row = torch.stack([torch.mv(item, item[slot]) for item in residuals])
+        self.gram[:, slot, :kept] = self.gram[:, :kept, slot] = row
+        weights = mixing_weights(self.gram[:, :kept, :kept], self.regularisation)[:, None]
         mixed = weights @ values
         if self.mixing != 1:
             mixed = mixed - (1 - self.mixing) * (weights @ residuals)

@@ -1,0 +1,89 @@
+"""When a Triton twin may take an operation, and how it comes to be without importing triton early.
+
+A twin takes over on a GPU, for float32, bf16 and fp16. It steps aside, so that the reference runs,
+in double precision, under `torch.compile` (which fuses the reference by itself), and under
+`torch.func` and forward mode. Where a backward pass is recorded (`create_graph`), the gradient is
+the reference's, which has derivatives of every order: see `recorded_gradients`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch.autograd import forward_ad
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def installed() -> bool:
+    """Whether triton can be imported; it is not imported for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def twin_takes(*tensors: torch.Tensor) -> bool:
+    """Whether the Triton twin can do an operation on these tensors, first gradients included."""
+    first = tensors[0]
+    return (
+        all(x.is_cuda and x.device == first.device and x.dtype == first.dtype for x in tensors)
+        and first.dtype in TYPES
+        and first.numel() > 0
+        and installed()
+        and not torch.compiler.is_compiling()
+        and not transformed(*tensors)
+    )
+
+
+def transformed(*tensors: torch.Tensor) -> bool:
+    """Whether a transform of `torch.func`, or forward mode, differentiates what comes next."""
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
+def backward_is_recorded() -> bool:
+    """Within a backward pass: whether it may be differentiated in turn (`create_graph`)."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def twin(function: Callable) -> Callable:
+    """Mark a function as Triton code. It becomes a kernel when `compiled` is first called."""
+    function.is_twin = True
+    return function
+
+
+def compiled(module: dict) -> None:
+    """Make the marked functions of a module Triton kernels; `module` is its `globals()`.
+
+    Their `tl` becomes `triton.language`. Triton is imported here and nowhere else, so a machine
+    without it, or without a GPU, never misses it.
+    """
+    if module["tl"] is None:
+        import triton
+
+        for name, value in list(module.items()):
+            if getattr(value, "is_twin", False):
+                value.__globals__["tl"] = triton.language
+                module[name] = triton.jit(value)
+
+
+def recorded_gradients(
+    reference: Callable[..., tuple[torch.Tensor, ...]],
+    inputs: Sequence[torch.Tensor],
+    needed: Sequence[bool],
+    gradients: Sequence[torch.Tensor],
+) -> list[torch.Tensor | None]:
+    """The gradients of `reference(*inputs)` by the inputs marked in `needed`, with their graph.
+
+    For the `backward` of an `autograd.Function` whose own kernel cannot be differentiated.
+    """
+    # Views, so that a path from one input to another outside this operation does not count.
+    with torch.enable_grad():
+        views = [x.view_as(x) for x in inputs]
+        outputs = reference(*views)
+        wanted = [x for x, need in zip(views, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+    return [next(found) if need else None for need in needed]
