@@ -89,6 +89,8 @@ def _models(options: argparse.Namespace) -> int:
     shipped = list_models(pretrained=True)
     for name in list_models():
         tasks = [w.removeprefix(f"{name}_") for w in shipped if w.startswith(f"{name}_")]
+        if name in shipped:
+            tasks = ["one network for all tasks"]
         print(f"{name:12} {MODELS[name].paper}; weights: {', '.join(tasks) or 'none'}")
     return 0
 

@@ -9,14 +9,19 @@ import os
 import warnings
 from pathlib import Path
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from fusionkit.models.official_tcmoa import convert_vit
-from fusionkit.models.registry import mismatch, read_state
+from fusionkit.models.registry import WEIGHTS, mismatch, read_state
 from fusionkit.models.tcmoa import MULTIPLE, PATCH, TCMoA, enlarged
 from fusionkit.models.windows import WINDOW, sine_cosine_grid, start_as_mae, transformer_blocks
+
+TINY_WIDTH = 64
+# timm's encoders by width. They come without a decoder, and are under CC-BY-NC 4.0.
+HUB = {768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae"}
 
 
 class _Stack(nn.Module):
@@ -139,10 +144,13 @@ def fill_backbone(model: TCMoA, autoencoder: MaskedAutoencoder) -> TCMoA:
     return model
 
 
-def load_mae(model: TCMoA, path: str | os.PathLike) -> TCMoA:
+def load_mae(model: TCMoA, path: str | os.PathLike | None = None) -> TCMoA:
     """Fill the frozen part of `model` from a masked autoencoder's file.
 
-    Such a file holds the state of a `MaskedAutoencoder`, or is `mae_visualize_vit_base.pth` or
+    Without a path, `tcmoa_tiny` takes the weights that ship with fusionkit, and base and large take
+    timm's encoders, which are downloaded.
+
+    A file holds the state of a `MaskedAutoencoder`, or is `mae_visualize_vit_base.pth` or
     `mae_visualize_vit_large_ganloss.pth` of MAE's release, the latter being the paper's choice. An
     encoder's alone will do (the release's `mae_pretrain_vit_*.pth`, or timm's
     `vit_base_patch16_224.mae` and `vit_large_patch16_224.mae`): then the decoder stays as it is,
@@ -150,13 +158,15 @@ def load_mae(model: TCMoA, path: str | os.PathLike) -> TCMoA:
     are under CC-BY-NC 4.0: not for commercial use.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a file of tensors, or not a masked autoencoder of this size.
+        FileNotFoundError: no such file; or no path, and the download failed.
+        ValueError: not a file of tensors, or not a masked autoencoder of this size; or no path, and
+            there is no autoencoder of this width.
     """
-    path = Path(path)
     expected = _backbone(model)
+    if path is None:
+        path = _at_hand(model.encoder.norm.normalized_shape[0])
     try:
-        state = read_state(path)
+        state = _download(path) if path in HUB.values() else read_state(Path(path))
         ours = "encoder_position" in state and "mask_token" in state
         state = _without_mask_token(state) if ours else convert_vit(state)
     except ValueError as error:
@@ -171,6 +181,29 @@ def load_mae(model: TCMoA, path: str | os.PathLike) -> TCMoA:
         warnings.warn(f"{path} holds no decoder; the model's stays as it is", stacklevel=2)
     model.load_state_dict(state, strict=False)
     return model
+
+
+def _at_hand(width: int) -> str | Path:
+    """The shipped file of an autoencoder of this width, or the name of timm's."""
+    if width == TINY_WIDTH:
+        return WEIGHTS / "mae_tiny.safetensors"
+    if width not in HUB:
+        known = ", ".join(map(str, (TINY_WIDTH, *HUB)))
+        raise ValueError(
+            f"no autoencoder of width {width} is at hand, only of {known}; name a path"
+        )
+    return HUB[width]
+
+
+def _download(name: str) -> dict[str, torch.Tensor]:
+    """The state of one of timm's pretrained encoders."""
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name} could not be downloaded ({reason}); name a path"
+        ) from error
 
 
 def _backbone(model: TCMoA) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class ModelEntry:
             maximum.
         paper: where it comes from.
         routed: whether one network serves several tasks, and is told which.
+        shipped: options that the weights which ship were trained with, where they differ from the
+            defaults.
         fuses: whether it is a fusion network; ColorNet only gives chroma to a fused luminance.
     """
 
@@ -52,6 +54,7 @@ class ModelEntry:
     stretch: bool
     paper: str
     routed: bool = False
+    shipped: dict[str, object] = field(default_factory=dict)
     fuses: bool = True
 
 
@@ -60,7 +63,9 @@ _TCMOA = "Zhu et al., TC-MoA, CVPR 2024"
 MODELS = {
     "refusion": ModelEntry(ReFusion, stretch=True, paper="Bai et al., ReFusion, IJCV 2024"),
     "caf": ModelEntry(CAF, stretch=False, paper="Liu et al., CAF, IJCAI 2024"),
-    "tcmoa_tiny": ModelEntry(tcmoa_tiny, stretch=False, paper=_TCMOA, routed=True),
+    "tcmoa_tiny": ModelEntry(
+        tcmoa_tiny, stretch=False, paper=_TCMOA, routed=True, shipped={"reduction": "area"}
+    ),
     "tcmoa_base": ModelEntry(tcmoa_base, stretch=False, paper=_TCMOA, routed=True),
     "tcmoa_large": ModelEntry(tcmoa_large, stretch=False, paper=_TCMOA, routed=True),
     "frufn": ModelEntry(FRUFN, stretch=False, paper=_UNFOLDING),
@@ -70,8 +75,14 @@ MODELS = {
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of models that match the shell `pattern`; with `pretrained`, as `name_task`."""
-    names = [path.stem for path in WEIGHTS.glob("*.safetensors")] if pretrained else MODELS
+    """Names of models that match the shell `pattern`; with `pretrained`, of weights that ship.
+
+    Weights are named `name_task`, or `name` where one network serves all tasks.
+    """
+    names = MODELS
+    if pretrained:
+        stems = {_stem(name, task) for name in MODELS for task in TASKS}
+        names = [stem for stem in stems if (WEIGHTS / f"{stem}.safetensors").exists()]
     return sorted(name for name in names if fnmatch(name, pattern))
 
 
@@ -99,7 +110,8 @@ def create_model(
         name: one of `list_models()`.
         task: `ivif`, `mfif`, `meif` or `mif`; chooses the pretrained weights, and in TC-MoA the
             router that `forward` takes by default.
-        pretrained: load the weights that ship with fusionkit for this task.
+        pretrained: load the weights that ship with fusionkit for this task; where one network
+            serves all tasks, the task may be left out.
         checkpoint: weights from a file instead: ours (`.safetensors`, or a training run's
             `checkpoint.pt`) or the authors' (`.pth` or safetensors; recognised by their keys).
         options: passed to the network's class.
@@ -118,6 +130,7 @@ def create_model(
         options = {"task": task, **options}
     if pretrained:
         checkpoint = pretrained_path(name, task)
+        options = {**entry.shipped, **options}
     if checkpoint is None:
         return entry.build(**options)
     state = read_state(Path(checkpoint))
@@ -126,13 +139,22 @@ def create_model(
 
 
 def pretrained_path(name: str, task: str | None) -> Path:
-    """Where the weights of ours for a model and task lie."""
-    if task is None:
+    """Where the weights of ours for a model and task lie; of a routed model, for all tasks."""
+    routed = model_entry(name).routed
+    if task is not None:
+        check_task(task)
+    elif not routed:
         raise ValueError(f"pretrained weights of {name} need a task: {', '.join(TASKS)}")
-    path = WEIGHTS / f"{name}_{check_task(task)}.safetensors"
+    path = WEIGHTS / f"{_stem(name, task)}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no weights of {name} for task {task!r} ship yet")
+        kind = "" if routed else f" for task {task!r}"
+        raise FileNotFoundError(f"{path}: no weights of {name}{kind} ship yet")
     return path
+
+
+def _stem(name: str, task: str | None) -> str:
+    """The name of a model's file of weights for a task."""
+    return name if MODELS[name].routed else f"{name}_{task}"
 
 
 def load_checkpoint(model: nn.Module, name: str, path: str | os.PathLike) -> nn.Module:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from fusionkit.color import luminance
+from fusionkit.datasets.embedded import EmbeddedPairs
 from fusionkit.methods.mae import MAEMethod
 from fusionkit.models.mae import MaskedAutoencoder, fill_backbone, load_mae
-from fusionkit.models.tcmoa import TCMoA, tcmoa_tiny
+from fusionkit.models.registry import WEIGHTS, read_state
+from fusionkit.models.tcmoa import TCMoA, tcmoa_base, tcmoa_tiny
 from fusionkit.models.windows import sine_cosine_grid
 from fusionkit.training import fit
 
@@ -159,6 +163,37 @@ def test_file_and_module_fill_alike(tmp_path):
         load_mae(tcmoa_tiny(), path)
     with pytest.raises(ValueError, match=r"^not a masked autoencoder of this size"):
         fill_backbone(tcmoa_tiny(), autoencoder)
+
+
+def test_shipped_autoencoder_gives_pictures_back():
+    """What the tiny network starts from: a picture that it has not seen, with no patch hidden."""
+    autoencoder = MaskedAutoencoder.like(tcmoa_tiny())
+    state = read_state(WEIGHTS / "mae_tiny.safetensors")
+    autoencoder.load_state_dict(state)
+    pairs = EmbeddedPairs("mfif", count=4, size=(112, 112))
+    images = torch.stack([luminance(pair["target"]) for pair in pairs])
+    with torch.no_grad():
+        prediction, _ = autoencoder(images, mask_ratio=0.0)
+    error = (prediction - autoencoder.patches(images)).square().mean().item()
+    assert error < 0.05 * autoencoder.patches(images).var().item()
+    filled = load_mae(tcmoa_tiny())
+    assert all(
+        torch.equal(filled.state_dict()[k], v) for k, v in state.items() if k != "mask_token"
+    )
+
+
+def test_backbones_without_a_path(monkeypatch):
+    with pytest.raises(ValueError, match="no autoencoder of width 32 is at hand, only of 64, 768"):
+        load_mae(TCMoA(**SMALL))
+
+    def refuse(name, **options):
+        raise OSError(f"no route to {name}")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with torch.device("meta"):
+        base = tcmoa_base()
+    with pytest.raises(FileNotFoundError, match=r"vit_base_patch16_224.mae could not .*no route"):
+        load_mae(base)
 
 
 def test_like_a_network():

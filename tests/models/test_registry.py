@@ -62,6 +62,23 @@ def test_list_of_pretrained_models(tmp_path, monkeypatch, network):
     assert list_models("*_mif", pretrained=True) == ["refusion_mif"]
 
 
+def test_one_network_for_all_tasks_has_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tcmoa_tiny\.safetensors: no weights"):
+        create_model("tcmoa_tiny", pretrained=True)
+    trained = create_model("tcmoa_tiny")
+    save_weights(trained, tmp_path / "tcmoa_tiny.safetensors")
+    save_weights(trained, tmp_path / "mae_tiny.safetensors")  # no model of the registry
+    assert list_models(pretrained=True) == ["tcmoa_tiny"]
+    for task, expected in ((None, "ivif"), ("mfif", "mfif"), ("mif", "ivif")):
+        loaded = create_model("tcmoa_tiny", task, pretrained=True)
+        assert_same_weights(loaded, trained.state_dict())
+        assert loaded.task == {expected: 1.0}
+        assert loaded.reduction == "area"
+    nearest = create_model("tcmoa_tiny", pretrained=True, reduction="nearest")
+    assert nearest.reduction == "nearest"
+
+
 def test_create_model_passes_options():
     assert isinstance(create_model("refusion"), ReFusion)
     assert create_model("refusion", dim=4, heads=2, decision=True).decision
