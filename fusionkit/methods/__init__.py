@@ -3,7 +3,7 @@
 from fusionkit.methods.base import Method
 from fusionkit.methods.caf import CAFSearch
 from fusionkit.methods.color import ColorNetMethod
-from fusionkit.methods.gradient_transfer import GradientTransferMethod
+from fusionkit.methods.gradient_transfer import GradientTransferMethod, train_stages
 from fusionkit.methods.mae import MAEMethod
 from fusionkit.methods.perception import TaskTraining
 from fusionkit.methods.refusion import ReFusionMethod
@@ -22,4 +22,5 @@ __all__ = [
     "TDFusionMethod",
     "TaskTraining",
     "WeightedLossTraining",
+    "train_stages",
 ]
