@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusionkit.color import to_rgb
-from fusionkit.methods.base import Method
+from fusionkit.methods.base import Method, cosine
 from fusionkit.tasks.base import PerceptionTask
 from fusionkit.tasks.detection import resize_boxes
 
@@ -31,6 +31,8 @@ class TaskTraining(Method):
             checkpoint.
         lr: Adam's learning rate.
         task_size: (height, width) at which the task sees the fused picture; None keeps its size.
+        anneal_steps: lower the learning rate to zero along half a cosine over so many steps; None
+            keeps it constant.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class TaskTraining(Method):
         *,
         lr: float = 1e-4,
         task_size: Size | None = None,
+        anneal_steps: int | None = None,
     ) -> None:
         super().__init__({"task": task}, {"task": torch.optim.Adam(task.parameters(), lr=lr)})
         self.task, self.task_size = task, task_size
+        self.lr, self.anneal_steps = lr, anneal_steps
         self.fusion = copy.deepcopy(fusion).requires_grad_(False).eval().to(self.device)
 
     def prepare(self, accelerator: Accelerator) -> None:
@@ -52,6 +56,8 @@ class TaskTraining(Method):
     def step(self, batch: dict) -> dict[str, float]:
         """One update of the task on a labelled batch."""
         self.task.train()
+        if self.anneal_steps:
+            self.set_lr({"task": self.lr * cosine(self.steps_taken / self.anneal_steps)})
         batch = on_device(batch, self.device)
         with torch.no_grad():
             fused = self.fusion(batch["a"], batch["b"])

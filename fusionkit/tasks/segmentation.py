@@ -1,8 +1,8 @@
-"""Semantic segmentation with SegFormer.
+"""Semantic segmentation: what all networks for it share, and SegFormer.
 
-Source: Xie et al., SegFormer: Simple and Efficient Design for Semantic Segmentation with
-Transformers, NeurIPS 2021; the network is that of Hugging Face transformers. TDFusion (CVPR 2025)
-trains its smallest, mit-b0, from scratch beside the fusion network.
+Source of the network: Xie et al., SegFormer: Simple and Efficient Design for Semantic Segmentation
+with Transformers, NeurIPS 2021, as Hugging Face transformers has it. TDFusion (CVPR 2025) trains
+its smallest, mit-b0, from scratch beside the fusion network.
 """
 
 from __future__ import annotations
@@ -37,35 +37,24 @@ VARIANTS = {
 }
 
 
-class SegFormer(PerceptionTask):
-    """SegFormer and its cross-entropy.
+class Segmentation(PerceptionTask):
+    """Cross-entropy and scores of label maps; a subclass adds the network and `logits`.
 
     A target has `labels`, (B, h, w) integers: indices of `classes`, or `ignore_index`. They may be
-    larger or smaller than the fused picture if they show the same field: the logits, a quarter of
-    the picture's size, are resized bilinearly to them.
+    larger or smaller than the fused picture if they show the same field.
 
     Args:
         classes: names of the classes.
-        variant: "tiny", "b0" or "b1", with random weights.
-        pretrained: a folder, or a name on the Hugging Face hub such as "nvidia/mit-b0" (NVIDIA's
-            weights are for non-commercial use), in the place of `variant`. A head for another
-            number of classes starts from random weights.
         ignore_index: pixels of this number count neither in the loss nor in the scores.
 
     Raises:
-        ValueError: unknown variant, `pretrained` that holds no SegFormer; in `loss` and `score`,
-            labels that are missing, no integers, of another field, or out of range.
+        ValueError: `ignore_index` is a class; in `loss` and `score`, labels that are missing, no
+            integers, of another field, or out of range.
     """
 
     keys = ("labels",)
 
-    def __init__(
-        self,
-        classes: Sequence[str],
-        variant: str = "b0",
-        pretrained: str | os.PathLike | None = None,
-        ignore_index: int = 255,
-    ) -> None:
+    def __init__(self, classes: Sequence[str], ignore_index: int = 255) -> None:
         super().__init__(classes)
         self.ignore_index = ignore_index
         count = len(self.classes)
@@ -74,20 +63,10 @@ class SegFormer(PerceptionTask):
                 f"ignore_index {ignore_index} is class {self.classes[ignore_index]!r}"
                 f"; expected a number outside 0 to {count - 1}"
             )
-        names = {"id2label": dict(enumerate(self.classes))}
-        names["label2id"] = {name: number for number, name in enumerate(self.classes)}
-        if pretrained is None:
-            options = VARIANTS[check_name(variant, VARIANTS, "variant")]
-            config = SegformerConfig(**names, **options, attn_implementation=ATTENTION)
-            self.network = SegformerForSemanticSegmentation(config)
-        else:
-            self.network = _pretrained(pretrained, names)
 
     def logits(self, fused: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
         """(B, classes, *size), by default of the picture's size."""
-        coarse = self.network(normalize(as_rgb(fused), **IMAGENET)).logits
-        size = tuple(fused.shape[-2:] if size is None else size)
-        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+        raise TypeError(f"{type(self).__name__} defines no logits")
 
     def loss(self, fused: torch.Tensor, target: Mapping[str, Any]) -> torch.Tensor:
         """Mean cross-entropy over the labelled pixels; 0 if there are none."""
@@ -142,6 +121,43 @@ class SegFormer(PerceptionTask):
                 f"{len(self.classes) - 1}, or {self.ignore_index} for none"
             )
         return labels
+
+
+class SegFormer(Segmentation):
+    """SegFormer; its logits, a quarter of the picture's size, are resized bilinearly.
+
+    Args:
+        classes, ignore_index: as in `Segmentation`.
+        variant: "tiny", "b0" or "b1", with random weights.
+        pretrained: a folder, or a name on the Hugging Face hub such as "nvidia/mit-b0" (NVIDIA's
+            weights are for non-commercial use), in the place of `variant`. A head for another
+            number of classes starts from random weights.
+
+    Raises:
+        ValueError: unknown variant, `pretrained` that holds no SegFormer.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        variant: str = "b0",
+        pretrained: str | os.PathLike | None = None,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__(classes, ignore_index)
+        names = {"id2label": dict(enumerate(self.classes))}
+        names["label2id"] = {name: number for number, name in enumerate(self.classes)}
+        if pretrained is None:
+            options = VARIANTS[check_name(variant, VARIANTS, "variant")]
+            config = SegformerConfig(**names, **options, attn_implementation=ATTENTION)
+            self.network = SegformerForSemanticSegmentation(config)
+        else:
+            self.network = _pretrained(pretrained, names)
+
+    def logits(self, fused: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        coarse = self.network(normalize(as_rgb(fused), **IMAGENET)).logits
+        size = tuple(fused.shape[-2:] if size is None else size)
+        return F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
 
 
 def _check_field(labels: torch.Tensor, picture: torch.Tensor, target: Mapping[str, Any]) -> None:

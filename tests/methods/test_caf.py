@@ -438,6 +438,9 @@ def test_a_resumed_search_equals_an_undisturbed_one(tmp_path, momentum):
         straight.modules.state_dict().items(), resumed.modules.state_dict().values(), strict=True
     ):
         assert torch.equal(x, y), name
+    assert len(resumed.history) == 6
+    assert resumed.history == straight.history
+    assert resumed.history[-1] == list(resumed.loss_weights().values())
 
 
 @pytest.mark.parametrize("product", ["finite_difference", "exact"])

@@ -489,3 +489,14 @@ def test_a_task_learns_on_a_finished_fusion_network():
     assert torch.equal(vector(fusion), before)
     assert all(torch.equal(v, kept[k]) for k, v in buffers(method.fusion).items())
     assert method.state_dict()["modules"].keys() == {f"task.{k}" for k in task.state_dict()}
+
+
+def test_the_tasks_learning_rate_falls_to_zero_along_half_a_cosine():
+    method = TaskTraining(TinySegmentation().double(), TwoLayers().double(), lr=0.4, anneal_steps=4)
+    rates = []
+    for _ in range(5):
+        before = vector(method.task)
+        method.step(make_batch())
+        rates.append(method.optimizers["task"].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.2 * (1 + 0.5**0.5), 0.2, 0.2 * (1 - 0.5**0.5), 0])
+    assert torch.equal(vector(method.task), before)  # past the end nothing moves

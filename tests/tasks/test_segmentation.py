@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fusionkit.datasets import LabelledCrops, collate_labelled
 from fusionkit.datasets.embedded import STREET_CLASSES, EmbeddedPairs
 from fusionkit.tasks import PerceptionTask
-from fusionkit.tasks.segmentation import SegFormer
+from fusionkit.tasks.segmentation import SegFormer, Segmentation
 
 CLASSES = ("road", "car", "person")
 
@@ -228,3 +228,8 @@ def test_a_task_that_defines_nothing_says_so():
     for call in (lambda: task(1, {}), lambda: task.predict(1), lambda: task.score([], [])):
         with pytest.raises(TypeError, match="PerceptionTask defines no"):
             call()
+
+
+def test_a_segmentation_without_logits_says_so():
+    with pytest.raises(TypeError, match="Segmentation defines no logits"):
+        Segmentation(["road"]).predict(torch.rand(1, 1, 8, 8))
