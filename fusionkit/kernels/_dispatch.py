@@ -1,7 +1,7 @@
 """When a Triton twin may take an operation, and how it comes to be without importing triton early.
 
-A twin takes over on a GPU, for float32, bf16 and fp16. It steps aside, so that the reference runs,
-in double precision, under `torch.compile` (which fuses the reference by itself), and under
+A twin takes over on a GPU, for float32, bf16 and fp16; the metrics' for float64. It steps aside, so
+that the reference runs, under `torch.compile` (which fuses the reference by itself), and under
 `torch.func` and forward mode. Where a backward pass is recorded (`create_graph`), the gradient is
 the reference's, which has derivatives of every order: see `recorded_gradients`.
 """
@@ -24,12 +24,15 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def twin_takes(*tensors: torch.Tensor) -> bool:
-    """Whether the Triton twin can do an operation on these tensors, first gradients included."""
+def twin_takes(*tensors: torch.Tensor, types: Sequence[torch.dtype] = TYPES) -> bool:
+    """Whether the Triton twin can do an operation on these tensors, of one of the types.
+
+    First gradients included, if it has any.
+    """
     first = tensors[0]
     return (
         all(x.is_cuda and x.device == first.device and x.dtype == first.dtype for x in tensors)
-        and first.dtype in TYPES
+        and first.dtype in types
         and first.numel() > 0
         and installed()
         and not torch.compiler.is_compiling()
@@ -47,6 +50,20 @@ def transformed(*tensors: torch.Tensor) -> bool:
 def backward_is_recorded() -> bool:
     """Within a backward pass: whether it may be differentiated in turn (`create_graph`)."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def dot_precision(x: torch.Tensor, operation: str) -> str:
+    """Triton's `input_precision` for products that torch has as an `operation`, "conv" or "matmul".
+
+    TF32 where torch's settings allow it there, and for 16-bit tensors, which have no more digits.
+    """
+    if x.dtype != torch.float32:
+        return "tf32"
+    place = torch.backends.cudnn if operation == "conv" else torch.backends.cuda.matmul
+    place = getattr(place, operation, place)
+    if hasattr(place, "fp32_precision"):  # torch 2.9; it refuses to mix this with what follows
+        return "tf32" if place.fp32_precision == "tf32" else "ieee"
+    return "tf32" if place.allow_tf32 else "ieee"
 
 
 def twin(function: Callable) -> Callable:

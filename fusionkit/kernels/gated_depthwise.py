@@ -2,11 +2,11 @@
 
 Bytes moved for a float32 pixel and hidden channel, forward: eager 36 (by `traffic.bytes_moved`: the
 convolution reads and writes two maps, GELU one each, the product reads two and writes one),
-compiled 28 (by hand: the convolution, then all else at once), Triton 12 (two maps read, one
+compiled 28 (its schedule: the convolution, then all else at once), Triton 12 (two maps read, one
 written). Not yet measured on a GPU.
 
 The twin has no backward pass, and steps aside where one may be asked for: training reads and writes
-the same maps again for the convolution's two gradients, so it would gain less than 1.5 times.
+the same maps again for the convolution's two gradients, so it would gain nothing.
 
 Source: Zamir et al., Restormer, CVPR 2022, equation 3.
 """

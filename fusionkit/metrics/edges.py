@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from fusionkit.kernels.qabf import qabf_takes, qabf_twin
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import pad
-from fusionkit.metrics._sobel import magnitude, sobel, whole_levels
+from fusionkit.metrics._sobel import WHOLE, magnitude, sobel, whole_levels
 from fusionkit.metrics.remember import remembered
 from fusionkit.names import check_name
 
@@ -76,6 +77,9 @@ def qabf(
     check_name(convention, QABF_CONVENTIONS, "convention")
 
     def value(a, b, f):
+        if qabf_takes(a, b, f):
+            kept, total = qabf_twin(a, b, f, XYDEAS, WHOLE, convention == "matlab")
+            return kept / total
         a, b, f = (_qabf_edges(x) for x in (a, b, f))
         kept = total = 0
         for source in (a, b):

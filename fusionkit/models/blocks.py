@@ -11,12 +11,46 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn import functional as F
 
+from fusionkit.kernels._dispatch import transformed
+from fusionkit.kernels.channel_statistics import channel_statistics
 from fusionkit.kernels.gated_depthwise import gated_depthwise
+from fusionkit.kernels.normed_depthwise import (
+    normed_depthwise_takes,
+    normed_depthwise_twin,
+    normed_gated_depthwise_twin,
+)
 
 
 def conv1x1(in_dim: int, out_dim: int) -> nn.Conv2d:
     """A 1×1 convolution without bias."""
-    return nn.Conv2d(in_dim, out_dim, 1, bias=False)
+    return PointwiseConv2d(in_dim, out_dim, 1, bias=False)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1×1 convolution by `pointwise`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return pointwise(x, self.weight)
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) with weights (D, C, 1, 1) -> (B, D, H, W); no bias."""
+    # With one thread torch gives these to im2col, a third as fast as oneDNN.
+    if _plain_on_cpu(x) and torch.get_num_threads() == 1 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
+    return F.conv2d(x, weight)
+
+
+def _plain_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is float32 on a CPU, and nothing differentiates, casts or compiles."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not transformed(x)
+    )
 
 
 def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
@@ -27,28 +61,44 @@ def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
 class ProjectedQKV(nn.Sequential):
     """Queries, keys and values: a 1×1 convolution to 3·dim, then a depth-wise 3×3 one.
 
-    (B, dim, H, W) -> (B, 3·dim, H, W); split it in thirds along the channels.
+    (B, dim, H, W) -> (B, 3·dim, H, W); split it in thirds along the channels. A `norm` comes first,
+    if one is given.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__(conv1x1(dim, 3 * dim), conv3x3(3 * dim, 3 * dim, groups=3 * dim))
 
+    def forward(self, x: torch.Tensor, norm: LayerNorm2d | None = None) -> torch.Tensor:
+        if norm is not None:
+            weights = norm.weight, norm.bias, self[0].weight, self[1].weight
+            if normed_depthwise_takes(x, *weights):
+                return normed_depthwise_twin(x, *weights, norm.eps)
+            x = norm(x)
+        return super().forward(x)
+
+    def queries_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries and the keys alone."""
+        return self._part(x, slice(None, 2 * self[0].in_channels)).chunk(2, dim=1)
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """The values alone."""
+        return self._part(x, slice(2 * self[0].in_channels, None))
+
+    def _part(self, x: torch.Tensor, channels: slice) -> torch.Tensor:
+        weight = self[1].weight[channels]
+        x = pointwise(x, self[0].weight[channels])
+        return F.conv2d(x, weight, padding=1, groups=len(weight))
+
 
 class ChannelStatistics(nn.Module):
     """What attention over channels takes from the whole picture: q kᵀ, ‖q‖² and ‖k‖².
 
-    (B, C, H, W) twice -> (B, C, C), (B, C, 1), (B, C, 1). All three are sums over pixels. It is a
-    module, though it has no weights, so that `streaming` can put the sums of a large picture in
-    the place of a tile's.
+    (B, C, H, W) twice -> (B, C, C), (B, C, 1), (B, C, 1). All three are sums over pixels, so
+    those of a large picture are the sums of its tiles' (`streaming`).
     """
 
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k = q.flatten(2), k.flatten(2)
-        return (
-            q @ k.transpose(-1, -2),
-            q.square().sum(-1, keepdim=True),
-            k.square().sum(-1, keepdim=True),
-        )
+        return channel_statistics(q, k)
 
 
 class ChannelAttention(nn.Module):
@@ -78,22 +128,32 @@ class ChannelAttention(nn.Module):
         v: torch.Tensor,
         project: nn.Conv2d | None = None,
     ) -> torch.Tensor:
-        matrix = self.matrix(q, k)
+        return self.apply(self.statistics(q, k), v, project)
+
+    def apply(
+        self,
+        statistics: tuple[torch.Tensor, ...],
+        v: torch.Tensor,
+        project: nn.Conv2d | None = None,
+    ) -> torch.Tensor:
+        """`forward` with the statistics of q and k given."""
+        matrix = self.matrix(*statistics)
         if project is not None:
             matrix = project.weight.flatten(1) @ matrix
         if len(v) == 1:  # a convolution keeps the memory format, whichever it is
-            return F.conv2d(v, matrix[0, :, :, None, None])
+            return pointwise(v, matrix[0, :, :, None, None])
         return (matrix @ v.flatten(2)).unflatten(2, v.shape[2:])
 
-    def matrix(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def matrix(
+        self, products: torch.Tensor, q_squared: torch.Tensor, k_squared: torch.Tensor
+    ) -> torch.Tensor:
         """The attention of all heads, (B, C, C), zero between channels of different heads."""
-        products, q_squared, k_squared = self.statistics(q, k)
         cosines = products * _inverse_root(q_squared) * _inverse_root(k_squared).transpose(-1, -2)
-        batch, channels, heads = len(q), q.shape[1], len(self.temperature)
+        batch, channels, heads = *products.shape[:2], len(self.temperature)
         blocks = cosines.view(batch, heads, channels // heads, heads, channels // heads)
         blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (B, heads, c, c)
         attention = (blocks * self.temperature).softmax(-1)
-        apart = torch.eye(heads, dtype=q.dtype, device=q.device)[:, None, :, None]
+        apart = torch.eye(heads, dtype=products.dtype, device=products.device)[:, None, :, None]
         return (attention.unsqueeze(3) * apart).flatten(3).flatten(1, 2)
 
 
@@ -107,7 +167,7 @@ def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
 
 
 class TransposedAttention(nn.Module):
-    """Multi-head self-attention over channels. (B, dim, H, W) -> (B, dim, H, W)."""
+    """Multi-head self-attention over channels, of norm(x). (B, dim, H, W) -> (B, dim, H, W)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -115,12 +175,12 @@ class TransposedAttention(nn.Module):
         self.attend = ChannelAttention(heads)
         self.project = conv1x1(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attend(*self.qkv(x).chunk(3, dim=1), self.project)
+    def forward(self, x: torch.Tensor, norm: LayerNorm2d | None = None) -> torch.Tensor:
+        return self.attend(*self.qkv(x, norm).chunk(3, dim=1), self.project)
 
 
 class GatedFeedForward(nn.Module):
-    """Half of the expanded channels, through GELU, gates the other half. Shape is kept."""
+    """Half of norm(x)'s expanded channels, through GELU, gates the other half. Shape is kept."""
 
     def __init__(self, dim: int, expansion: float = 2.0) -> None:
         super().__init__()
@@ -129,7 +189,12 @@ class GatedFeedForward(nn.Module):
         self.depthwise = conv3x3(2 * hidden, 2 * hidden, groups=2 * hidden)
         self.project = conv1x1(hidden, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: LayerNorm2d | None = None) -> torch.Tensor:
+        if norm is not None:
+            weights = norm.weight, norm.bias, self.expand.weight, self.depthwise.weight
+            if normed_depthwise_takes(x, *weights):
+                return self.project(normed_gated_depthwise_twin(x, *weights, norm.eps))
+            x = norm(x)
         return self.project(gated_depthwise(self.expand(x), self.depthwise.weight))
 
 
@@ -144,7 +209,18 @@ class RestormerBlock(nn.Module):
         self.feed_forward = GatedFeedForward(dim, expansion)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(x, self.norm1)
+        return x + self.feed_forward(x, self.norm2)
+
+    def queries_keys(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the attention compares, (B, dim, H, W) twice; a pixel's depend on one more."""
+        return [self.attention.qkv.queries_keys(self.norm1(x))]
+
+    def finish(self, x: torch.Tensor, statistics: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        """`forward` with the `ChannelStatistics` of `queries_keys` given; depends on two more."""
+        attention = self.attention
+        values = attention.qkv.values(self.norm1(x))
+        x = x + attention.attend.apply(statistics[0], values, attention.project)
         return x + self.feed_forward(self.norm2(x))
 
 

@@ -10,13 +10,13 @@ cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from fusionkit.models.blocks import ChannelStatistics, RestormerBlock
+from fusionkit.models.blocks import ChannelStatistics
+
+_STATISTICS = ChannelStatistics()
 
 
 class Tile(NamedTuple):
@@ -60,42 +60,28 @@ class Walk:
                 result = function(strip[..., tile.outer[1]].to(torch.float32))
                 features[..., *tile.inner] = result[..., *tile.core].to(features.dtype)
 
-    def statistics(
-        self, function: Callable, features: torch.Tensor, halo: int, within: nn.Module
-    ) -> dict[nn.Module, tuple]:
-        """The sums over the picture of every `ChannelStatistics` in `within`, called by `function`.
+    def attend(self, features: torch.Tensor, queries_keys: Callable, finish: Callable) -> None:
+        """A stage with attention over the whole picture, in place.
 
-        They are added in double precision.
+        Args:
+            queries_keys: features -> what each of the stage's attentions compares, a list of pairs
+                (B, C, H, W); a pixel's depend on one more.
+            finish: features and the list of the pairs' `ChannelStatistics` -> the stage's result,
+                where a pixel's depends on two more.
         """
-        sums: dict[nn.Module, tuple] = {}
-        tiles = [tile for row in self.rows(halo) for tile in row]
-        for tile in tiles:
-
-            def add(module: nn.Module, inputs: tuple, output: tuple) -> None:
-                inner = (z[..., *tile.core] for z in inputs)  # noqa: B023 (it lives as long as this tile)
-                new = [s.double() for s in type(module).forward(module, *inner)]
-                old = sums.get(module, (0,) * len(new))
-                sums[module] = tuple(p + q for p, q in zip(old, new, strict=True))
-
-            with _hooked(within, add):
-                function(features[..., *tile.outer].to(torch.float32))
-        return {module: tuple(s.float() for s in total) for module, total in sums.items()}
-
-    def attend(
-        self, function: Callable, attention: Callable, features: torch.Tensor, module: nn.Module
-    ) -> None:
-        """features = function(features) in place, with attention over the whole picture.
-
-        `attention` is as much of `function` as it takes to call every `ChannelStatistics` of
-        `module`, and depends on one pixel more; `function` on two.
-        """
-        sums = self.statistics(attention, features, 1, module)
-        with _hooked(module, lambda called, inputs, output: sums[called]):
-            self.update(function, features, 2)
-
-    def block(self, block: RestormerBlock, features: torch.Tensor) -> None:
-        """features = block(features), in place."""
-        self.attend(block, lambda x: block.attention(block.norm1(x)), features, block)
+        sums: list[list[torch.Tensor]] = []
+        for tile in (tile for row in self.rows(1) for tile in row):
+            pairs = queries_keys(features[..., *tile.outer].to(torch.float32))
+            inner = [[z[..., *tile.core] for z in pair] for pair in pairs]
+            # Added in double precision.
+            new = [[s.double() for s in _STATISTICS(*pair)] for pair in inner]
+            for i, found in enumerate(new):
+                if i == len(sums):
+                    sums.append(found)
+                else:
+                    sums[i] = [p + q for p, q in zip(sums[i], found, strict=True)]
+        given = [tuple(s.float() for s in each) for each in sums]
+        self.update(lambda x: finish(x, given), features, 2)
 
 
 def _stretches(length: int, tile: int, halo: int) -> list[tuple[slice, slice, slice]]:
@@ -107,15 +93,3 @@ def _stretches(length: int, tile: int, halo: int) -> list[tuple[slice, slice, sl
         left, right = max(0, start - halo), min(length, stop + halo)
         found.append((slice(start, stop), slice(left, right), slice(start - left, stop - left)))
     return found
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handles = [
-        m.register_forward_hook(hook) for m in module.modules() if isinstance(m, ChannelStatistics)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

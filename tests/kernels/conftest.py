@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +17,10 @@ def device() -> str:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton's interpreter is off: TRITON_INTERPRET is not 1")
     return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """References convolve in float32 on a GPU as well, not in TF32, and so do the twins."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
