@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusionkit.memory import saved_bytes
+from fusionkit.memory import peak_bytes, saved_bytes
 from fusionkit.models.frufn import EFRUFN, FRUFN
 
 SMALL = {"width": 8, "heads": 2}
@@ -39,3 +39,27 @@ def test_unfolding_needs_memory_in_proportion_to_its_units():
     assert unit > 0.5 * found[0]
     for n, bytes_ in zip(COUNTS, found, strict=True):
         assert bytes_ == pytest.approx(found[0] + (n - 1) * unit, rel=0.05)
+
+
+def test_the_peak_is_what_exists_at_one_time():
+    x = torch.rand(100)
+    assert peak_bytes(lambda: x + 1) == 400
+    assert peak_bytes(lambda: (x + 1).view(10, 10).T[0]) == 400
+    assert peak_bytes(lambda: ((x + 1) * 2).exp() * 3) == 2 * 400  # each is freed after its use
+    assert peak_bytes(lambda: (x + 1).exp_().mul_(3)) == 400
+    kept = []
+    assert peak_bytes(lambda: [kept.append(x * i) for i in range(5)]) == 5 * 400
+
+
+def test_the_peak_sees_the_backward_pass():
+    x = torch.rand(100, requires_grad=True)
+
+    def backward(depth: int) -> torch.Tensor:
+        y = x
+        for _ in range(depth):
+            y = y.exp()
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    few, many = (peak_bytes(lambda n=n: backward(n)) for n in (3, 10))
+    assert many - few == 7 * 400  # every exponential is kept
+    assert few >= 4 * 400

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fusionkit.losses import sobel, ssim
-from fusionkit.methods.gradient_transfer import GradientTransferMethod, train_stages
+from fusionkit.methods.gradient_transfer import GradientTransferMethod
 from fusionkit.models.frufn import EFRUFN, FRUFN
 from fusionkit.training import fit
 
@@ -410,51 +410,3 @@ def test_the_loss_falls(network, task):
     totals = [sum(method.step(batch).values()) for _ in range(20)]
     assert np.isfinite(totals).all()
     assert totals[-1] < 0.65 * totals[0]
-
-
-# A sequence of stages
-
-
-def stage_loader(steps: int = 3) -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    items = [
-        dict(zip(("a", "b", "target"), torch.rand(3, 1, 16, 16, generator=generator), strict=True))
-        for _ in range(2 * steps)
-    ]
-    return DataLoader(items, batch_size=2)
-
-
-def stages(out_dir, order=("mfif", "ivif"), **options) -> dict[str, nn.Module]:
-    loaders = {task: stage_loader() for task in order}
-    return train_stages(ThreeLayers, loaders, out_dir, device="cpu", progress=False, **options)
-
-
-def test_each_stage_is_taught_by_the_one_before(tmp_path):
-    stages(tmp_path)
-    columns = {t: (tmp_path / t / "log.csv").read_text().splitlines()[0] for t in ("mfif", "ivif")}
-    assert "transfer" not in columns["mfif"]
-    assert "transfer" in columns["ivif"]
-
-
-def test_a_stage_inherits_its_teachers_weights_or_not(tmp_path):
-    still = {"lr": 0.0}
-    moved = stages(tmp_path / "a", ("meif", "ivif"), options={"lr": 1e-2}, seed=3)
-    assert not torch.equal(flat(moved["meif"]), flat(build(seed=3)))
-    kept = stages(tmp_path / "b", options=still, seed=3)
-    assert torch.equal(flat(kept["ivif"]), flat(build(seed=3)))
-    fresh = stages(tmp_path / "c", inherit=(), options={"lr": 1e-2})
-    handed = stages(tmp_path / "d", options={"lr": 1e-2})
-    assert torch.equal(flat(fresh["mfif"]), flat(handed["mfif"]))
-    assert not torch.equal(flat(fresh["ivif"]), flat(handed["ivif"]))
-
-
-def test_finished_stages_are_not_trained_again(tmp_path):
-    first = stages(tmp_path)
-    (tmp_path / "ivif" / "checkpoint.pt").unlink()  # killed before the second stage had saved
-    again = stages(tmp_path)
-    for task in first:
-        assert torch.equal(flat(first[task]), flat(again[task]))
-
-
-def flat(network: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in network.parameters()])

@@ -69,9 +69,25 @@ def test_any_size_keeps_its_shape(size):
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_the_sources_have_different_roles():
+def test_new_weights_give_the_mean_and_leave_it_by_training():
     torch.manual_seed(0)
     network = ColorNet(**SMALL)
+    y, a, b = given()
+    torch.testing.assert_close(network(y, a, b), (a + b) / 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for _ in range(2):  # the blocks' share of the output is 0 until the last convolution moves
+        optimizer.zero_grad()
+        network(y, a, b).square().mean().backward()
+        optimizer.step()
+    still = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
+    assert still == []
+
+
+def test_the_sources_have_different_roles():
+    network = ColorNet(**SMALL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     y, a, b = given()
     assert not torch.allclose(network(y, a, b), network(y, b, a))
 

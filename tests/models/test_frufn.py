@@ -88,18 +88,17 @@ def test_authors_encoders_and_decoder(released, golden):
             close(guide, golden["F2_0"])
 
 
-@pytest.mark.parametrize(("i", "steps"), [(0, 10), (1, 3)])
-def test_authors_plain_steps(released, golden, monkeypatch, i, steps):
+@pytest.mark.parametrize("i", [0, 1])
+def test_authors_plain_steps(released, golden, monkeypatch, i):
     monkeypatch.setattr(released, "solver", "plain")
-    monkeypatch.setattr(released, "max_evaluations", steps)
+    monkeypatch.setattr(released, "max_evaluations", 10)
     trace = released.trace(*sources(golden, i))
-    assert len(trace.pictures) == len(trace.masks) == len(trace.features) == steps
+    assert len(trace.pictures) == len(trace.masks) == len(trace.features) == 10
     close(trace.masks[0], golden[f"m1_{i}"])
     if i == 0:
         close(trace.features[0], golden["X1_0"])
     for n in (1, 2, 3, 5, 10):
-        if n <= steps:
-            close(trace.pictures[n - 1], golden[f"naive{n}_{i}"])
+        close(trace.pictures[n - 1], golden[f"naive{n}_{i}"])
 
 
 @torch.inference_mode()
@@ -108,15 +107,16 @@ def test_authors_picture_after_5_evaluations(released, golden):
     close(released(*sources(golden, 1)), golden["out1"])
 
 
-def test_authors_pictures_on_the_way_to_convergence(released, golden, monkeypatch):
+@pytest.mark.parametrize("i", [0, 1])
+def test_authors_pictures_on_the_way_to_convergence(released, golden, monkeypatch, i):
     monkeypatch.setattr(released, "max_evaluations", 12)
-    trace = released.trace(*sources(golden, 0))
-    close(trace.pictures[4], golden["out0"])
-    close(trace.masks[4], golden["mask0"])
-    residuals = golden["abs_trace0"].flatten()
+    trace = released.trace(*sources(golden, i))
+    close(trace.pictures[4], golden[f"out{i}"])
+    close(trace.masks[4], golden[f"mask{i}"])
+    residuals = golden[f"abs_trace{i}"].flatten()
     torch.testing.assert_close(trace.residuals[2:5, 0], residuals, rtol=1e-3, atol=0)
-    close(trace.fused, golden["anderson12_0"])
-    assert trace.residuals[-1] <= 1e-3
+    close(trace.fused, golden[f"anderson12_{i}"])
+    assert trace.residuals[-1] < trace.residuals[4] / 100
 
 
 def test_the_papers_rule_diverges_with_the_authors_weights(shared, golden):
