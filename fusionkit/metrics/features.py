@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusionkit.metrics._common import by_picture, gray_levels
+from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import pad
 from fusionkit.metrics._sobel import magnitude, root, sobel
 from fusionkit.names import check_name
@@ -19,8 +19,7 @@ def standard_deviation(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) ->
 
     Source: Zhang et al., VIFB: a visible and infrared image fusion benchmark, 2020.
     """
-    *_, f = gray_levels(a, b, fused)
-    return f.std((-2, -1), correction=0)
+    return by_picture(lambda a, b, f: f.std((-2, -1), correction=0), a, b, fused)
 
 
 def spatial_frequency(
@@ -38,13 +37,16 @@ def spatial_frequency(
     Source: Eskicioglu and Fisher, Image quality measures and their performance, 1995.
     """
     check_name(divide_by, DIVISORS, "divide_by")
-    *_, f = gray_levels(a, b, fused)
-    if divide_by == "pixels":
-        rows, columns = (f.diff(dim=d).square().sum((-2, -1)) / f[0].numel() for d in (-1, -2))
-    else:
-        _check_size(f, "spatial frequency by differences")
-        rows, columns = (f.diff(dim=d).square().mean((-2, -1)) for d in (-1, -2))
-    return (rows + columns).sqrt()
+
+    def value(a, b, f):
+        if divide_by == "pixels":
+            rows, columns = (f.diff(dim=d).square().sum((-2, -1)) / f[0].numel() for d in (-1, -2))
+        else:
+            _check_size(f, "spatial frequency by differences")
+            rows, columns = (f.diff(dim=d).square().mean((-2, -1)) for d in (-1, -2))
+        return (rows + columns).sqrt()
+
+    return by_picture(value, a, b, fused)
 
 
 def average_gradient(
@@ -64,13 +66,16 @@ def average_gradient(
     Source: Cui et al., Detail preserved fusion of visible and infrared images, 2015.
     """
     check_name(divide_by, DIVISORS, "divide_by")
-    *_, f = gray_levels(a, b, fused)
-    _check_size(f, "average gradient")
-    gy, gx = torch.gradient(f, dim=(-2, -1))
-    magnitude = root((gx.square() + gy.square()) / 2)
-    if divide_by == "pixels":
-        return magnitude.mean((-2, -1))
-    return magnitude.sum((-2, -1)) / ((f.shape[-2] - 1) * (f.shape[-1] - 1))
+
+    def value(a, b, f):
+        _check_size(f, "average gradient")
+        gy, gx = torch.gradient(f, dim=(-2, -1))
+        strength = root((gx.square() + gy.square()) / 2)
+        if divide_by == "pixels":
+            return strength.mean((-2, -1))
+        return strength.sum((-2, -1)) / ((f.shape[-2] - 1) * (f.shape[-1] - 1))
+
+    return by_picture(value, a, b, fused)
 
 
 def edge_intensity(a: torch.Tensor, b: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:

@@ -48,16 +48,20 @@ def remembering(*pictures: torch.Tensor) -> Iterator[None]:
         _thread.scopes.remove(scope)
 
 
-def remembered(function: Callable) -> Callable:
+def remembered(function: Callable, bulky: bool = False) -> Callable:
     """Mark `function(*tensors_and_hashable_values)` to be computed once where `remembering`.
 
     It gives a tensor, or a tuple of tensors or numbers, which its callers must not change.
+
+    Args:
+        bulky: its results take much room and are of use to other fused pictures only: they are
+            kept in an outer scope alone, and leave half of its room to others.
     """
 
     @functools.wraps(function)
     def once(*args):
         scope = _scope_of([x for x in args if isinstance(x, torch.Tensor)])
-        if scope is None:
+        if scope is None or (bulky and scope is _thread.scopes[-1]):
             return function(*args)
         key = (function, *(id(x) if isinstance(x, torch.Tensor) else x for x in args))
         if key not in scope.results:
@@ -65,7 +69,7 @@ def remembered(function: Callable) -> Callable:
             parts = result if isinstance(result, tuple) else (result,)
             found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
             size = sum(x.nbytes for x in found.values())
-            if size > scope.room:
+            if size > scope.room - (ROOM // 2 if bulky else 0):
                 return result
             scope.room -= size
             scope.tensors.update(found)

@@ -45,6 +45,8 @@ FOR_LOSSES = (
     "edge_intensity",
     "qabf",
     "nabf",
+    "qg",
+    "qm",
     "ssim",
     "ms_ssim",
     "mef_ssim",
@@ -240,6 +242,15 @@ def test_gradients_are_finite(name):
     for x in (fused,) if name in OF_FUSED_ALONE else (a, b, fused):
         assert x.grad.isfinite().all()
         assert x.grad.abs().amax((-3, -2, -1)).min() > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(METRICS) - set(FOR_LOSSES)))
+def test_other_metrics_have_no_gradient(name):
+    a, b, fused = (x.clone().requires_grad_() for x in images(name))
+    value = METRICS[name](a, b, fused).sum()
+    if value.requires_grad:  # values are rounded first
+        value.backward()
+        assert not fused.grad.any()
 
 
 # The catalogue

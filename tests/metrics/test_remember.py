@@ -95,3 +95,24 @@ def test_an_error_ends_the_scope(calls, double):
     double(x)
     double(x)
     assert len(calls) == 2
+
+
+def test_what_is_bulky_is_kept_in_outer_scopes_and_leaves_half_their_room(calls, monkeypatch):
+    def double(x):
+        calls.append(1)
+        return 2 * x
+
+    double = remembered(double, bulky=True)
+    x, y = torch.ones(2), torch.ones(2)
+    monkeypatch.setattr(remember, "ROOM", 3 * x.nbytes)
+    with remembering(x, y):
+        double(x)
+        double(x)  # no other scope could use it
+        assert len(calls) == 2
+        with remembering():
+            double(x)
+            double(x)
+            assert len(calls) == 3
+            double(y)  # would take more than half
+            double(y)
+            assert len(calls) == 5
