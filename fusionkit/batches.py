@@ -10,6 +10,7 @@ accelerate brings the devices and processes to `training.fit`, but not the batch
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -87,6 +88,27 @@ def _epoch_order(loader: DataLoader, seed: int, epoch: int) -> list[list[int]]:
     if generator is not None:
         generator.manual_seed(torch.initial_seed())
     return list(loader.batch_sampler)
+
+
+def parts_of(batch: dict, parts: int) -> list[tuple[dict, float]]:
+    """A batch cut along its items into at most `parts` parts, each with its share of the items.
+
+    Entries are tensors (B, ...), lists of B, or dictionaries of such, as in TC-MoA's batches.
+    """
+    items = _length(batch)
+    count = min(parts, items)
+    edges = [i * items // count for i in range(count + 1)]
+    spans = [slice(*pair) for pair in itertools.pairwise(edges)]
+    return [(_items(batch, span), (span.stop - span.start) / items) for span in spans]
+
+
+def _length(batch: dict) -> int:
+    first = next(iter(batch.values()))
+    return _length(first) if isinstance(first, dict) else len(first)
+
+
+def _items(batch: dict, span: slice) -> dict:
+    return {k: _items(v, span) if isinstance(v, dict) else v[span] for k, v in batch.items()}
 
 
 def seed_all(*key: int) -> None:

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, help="weights, ours or the authors'")
     command.add_argument("--color", default="auto", help="auto or gray")
     command.add_argument("--tile", type=int, help="side of the tiles; 0 never cuts")
+    command.add_argument("--precision", default="float32", help="float32, or bf16")
     command.add_argument("--device", help="cpu or cuda")
     command.add_argument("--stretch", action=argparse.BooleanOptionalAction, default=None)
     command.set_defaults(run=_fuse)
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fuse(options: argparse.Namespace) -> int:
-    keys = ("task", "model", "checkpoint", "color", "tile", "device", "stretch")
+    keys = ("task", "model", "checkpoint", "color", "tile", "precision", "device", "stretch")
     settings = {key: getattr(options, key) for key in keys}
     if not options.a.is_dir():
         print(save_image(fuse(options.a, options.b, **settings), options.out))

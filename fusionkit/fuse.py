@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +21,12 @@ from fusionkit.tiling import fuse_tiled
 
 # Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets.
 WHOLE_PIXELS = 1280 * 1024
-TILE = 768
-# A network that streams gives the same result in tiles, and on a CPU, whose cache holds a tile of
-# 128, in about two thirds of the time.
-STREAM_TILE_CPU, STREAM_TILE_GPU = 128, 1024
+# A multiple of 112, which TC-MoA's windows fill; at 672 EFRUFN takes nearly 3 GiB.
+TILE = 560
+# A network that streams gives the same result in tiles. On a CPU it says itself how large they
+# should be: ReFusion is fastest where they stay in the cache.
+STREAM_TILE_GPU = 1024
+PRECISIONS = ("float32", "bf16")
 
 
 def fuse(
@@ -34,6 +39,7 @@ def fuse(
     color: str = "auto",
     stretch: bool | None = None,
     tile: int | None = None,
+    precision: str = "float32",
     device: str | torch.device | None = None,
 ) -> torch.Tensor:
     """Fuse two registered pictures of one scene.
@@ -50,9 +56,12 @@ def fuse(
         color: "auto" gives RGB if a source has three channels; "gray" gives luminance.
         stretch: spread the fused luminance over [0, 1], from its minimum to its maximum over the
             picture; by default as the model's paper does, which is True for `refusion`.
-        tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion streams
-            (see `models.streaming`): tiles give its result to rounding, and are the default on a
-            CPU. Other networks fuse overlapping tiles, by default of 768 beyond 1280×1024 pixels.
+        tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion and CAF
+            stream (see `models.streaming`): tiles give their result to rounding, and are the
+            default on a CPU. Other networks fuse overlapping tiles, by default of 560 beyond
+            1280×1024 pixels.
+        precision: "bf16" runs the network in mixed precision: for GPUs, and for CPUs that multiply
+            bf16, where CAF takes half the time; values move by a few thousandths.
         device: by default a GPU if there is one; a network of yours stays where it is.
 
     Returns:
@@ -63,10 +72,12 @@ def fuse(
             message names it.
     """
     check_name(color, ("auto", "gray"), "color")
+    check_name(precision, PRECISIONS, "precision")
     network = load_network(model, task, checkpoint, device)
     if stretch is None:
         stretch = model_entry(model).stretch if isinstance(model, str) else False
-    return _fuse_pair(network, a, b, color, stretch, tile)
+    pair = _load(a, b, color)
+    return _colored(_fuse_luminance(network, pair, stretch, tile, precision), pair.chroma)
 
 
 def fuse_folders(
@@ -80,35 +91,73 @@ def fuse_folders(
     color: str = "auto",
     stretch: bool | None = None,
     tile: int | None = None,
+    precision: str = "float32",
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, Path | Exception]:
     """Fuse the pairs of two folders, matched by stem, into `out` as PNG files.
 
     A pair that fails is reported by name and the others go on: each stem is mapped to the file
-    that was written, or to the exception. The other arguments are those of `fuse`.
+    that was written, or to the exception. The other arguments are those of `fuse`. While a pair is
+    fused, the next is read and the last is written, one of each, so memory stays bounded.
 
     Raises:
         ValueError, FileNotFoundError: a folder is missing or empty, or a name is unknown.
     """
     check_name(color, ("auto", "gray"), "color")
+    check_name(precision, PRECISIONS, "precision")
     found_a, found_b = list_images(a), list_images(b)
     network = load_network(model, task, checkpoint, device)
     if stretch is None:
         stretch = model_entry(model).stretch if isinstance(model, str) else False
+    stems = sorted(found_a.keys() | found_b.keys())
     results: dict[str, Path | Exception] = {}
-    bar = tqdm(sorted(found_a.keys() | found_b.keys()), unit="pair", disable=not progress)
-    for stem in bar:
-        bar.set_postfix_str(stem)
-        try:
-            for found, folder in ((found_a, a), (found_b, b)):
-                if stem not in found:
-                    raise FileNotFoundError(f"{folder}: no picture {stem!r} to match its partner")
-            fused = _fuse_pair(network, found_a[stem], found_b[stem], color, stretch, tile)
-            results[stem] = save_image(fused, Path(out) / f"{stem}.png")
-        except (ValueError, OSError) as error:
-            results[stem] = error
-            bar.write(f"{stem}: {error}")
+
+    def load(stem: str) -> _Pair:
+        for found, folder in ((found_a, a), (found_b, b)):
+            if stem not in found:
+                raise FileNotFoundError(f"{folder}: no picture {stem!r} to match its partner")
+        return _load(found_a[stem], found_b[stem], color)
+
+    def save(luma: torch.Tensor, chroma: torch.Tensor | None, stem: str) -> Path:
+        return save_image(_colored(luma, chroma), Path(out) / f"{stem}.png")
+
+    with (
+        tqdm(total=len(stems), unit="pair", disable=not progress) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
+
+        def finish(stem: str, work: Future) -> None:
+            try:
+                results[stem] = work.result()
+            except (ValueError, OSError) as error:
+                results[stem] = error
+                bar.write(f"{stem}: {error}")
+            bar.update()
+
+        read = deque([reader.submit(load, stem) for stem in stems[:1]])
+        written: deque[tuple[str, Future]] = deque()
+        for stem, following in zip(stems, [*stems[1:], None], strict=True):
+            bar.set_postfix_str(stem)
+            work = read.popleft()
+            failed = work.exception()
+            if following is not None:
+                read.append(reader.submit(load, following))
+            while written:  # before the next result is there, so that they do not pile up
+                finish(*written.popleft())
+            if failed is None:
+                try:
+                    pair = work.result()
+                    del work
+                    luma = _fuse_luminance(network, pair, stretch, tile, precision)
+                    work = writer.submit(save, luma, pair.chroma, stem)
+                except (ValueError, OSError) as error:
+                    work = Future()
+                    work.set_exception(error)
+            written.append((stem, work))
+        while written:
+            finish(*written.popleft())
     return results
 
 
@@ -145,10 +194,19 @@ def load_network(
     return network.to(device, memory_format=torch.channels_last)
 
 
+class _Pair(NamedTuple):
+    """What is needed of two pictures: luminances (1, 1, H, W), and the fused chroma (2, H, W).
+
+    The chroma is None where the result is gray.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    chroma: torch.Tensor | None
+
+
 @torch.inference_mode()
-def _fuse_pair(
-    network: nn.Module, a: ImageLike, b: ImageLike, color: str, stretch: bool, tile: int | None
-) -> torch.Tensor:
+def _load(a: ImageLike, b: ImageLike, color: str) -> _Pair:
     image_a, image_b = to_tensor(a, _name(a, "a")), to_tensor(b, _name(b, "b"))
     if image_a.shape[-2:] != image_b.shape[-2:]:
         sizes = [f"{x.shape[-2]}×{x.shape[-1]}" for x in (image_a, image_b)]
@@ -156,35 +214,49 @@ def _fuse_pair(
             f"{_name(a, 'a')} is {sizes[0]} but {_name(b, 'b')} is {sizes[1]}; "
             "expected two registered pictures of one size"
         )
-    pair = luminance(image_a)[None], luminance(image_b)[None]
+    colored = [x for x in (image_a, image_b) if x.shape[0] == 3 and color != "gray"]
+    # Before the network runs, so that it does not hold the colours of a large picture besides.
+    mixed = None
+    if colored:  # a gray source has no say in the chroma
+        mixed = fuse_chroma(*map(chroma, colored)) if len(colored) == 2 else chroma(colored[0])
+    return _Pair(luminance(image_a)[None], luminance(image_b)[None], mixed)
+
+
+@torch.inference_mode()
+def _fuse_luminance(
+    network: nn.Module, pair: _Pair, stretch: bool, tile: int | None, precision: str
+) -> torch.Tensor:
     keep_freed_memory()
     training = network.training
     try:
-        fused = _run(network.eval(), *pair, tile)
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            fused = _run(network.eval(), pair.a.to(device), pair.b.to(device), tile).float().cpu()
     finally:
         network.train(training)  # the network may be somebody's, in the middle of its training
     # Once, after blending: tile by tile it would show as a patchwork.
-    fused = (stretch_to_range(fused) if stretch else fused)[0].clamp(0, 1)
-    if color == "gray" or image_a.shape[0] == image_b.shape[0] == 1:
-        return fused
-    return to_rgb(fused, fuse_chroma(chroma(image_a), chroma(image_b)))
+    return (stretch_to_range(fused) if stretch else fused)[0].clamp(0, 1)
+
+
+@torch.inference_mode()
+def _colored(fused: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
+    return fused if mixed is None else to_rgb(fused, mixed)
 
 
 def _run(network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int | None) -> torch.Tensor:
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
     streams = hasattr(network, "stream")
     if tile is None:
         large = a.numel() > WHOLE_PIXELS
         if streams:
             tile = STREAM_TILE_GPU if large else 0
-            if device.type == "cpu":
-                tile = STREAM_TILE_CPU
+            if a.device.type == "cpu":
+                tile = network.cpu_tile
         else:
             tile = TILE if large else 0
     if not tile or max(a.shape[-2:]) <= tile:
-        return network(a.to(device), b.to(device)).cpu()
+        return network(a, b)
     if streams:
-        return network.stream(a.to(device), b.to(device), tile).cpu()
+        return network.stream(a, b, tile)
     return fuse_tiled(network, a, b, tile, tile // 8)
 
 

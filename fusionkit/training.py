@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,9 @@ from tqdm.auto import tqdm
 
 from fusionkit.allocator import keep_freed_memory
 from fusionkit.batches import STEP, batches, check_loader, random_state_kept, seed_all
+from fusionkit.checkpointing import recomputed
 from fusionkit.images import write_atomically
+from fusionkit.training_log import TrainingLog
 
 if TYPE_CHECKING:
     from fusionkit.methods.base import Method
@@ -39,6 +40,8 @@ def fit(
     seed: int = 0,
     resume: bool = True,
     mixed_precision: str | None = None,
+    accumulate: int = 1,
+    checkpointing: bool = False,
     device: str | torch.device | None = None,
     progress: bool = True,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
@@ -65,6 +68,13 @@ def fit(
             empty where a step does not report it), `seconds` of training so far.
         resume: False discards the run in `out_dir`, if there is one, and starts over.
         mixed_precision: "no" or "bf16"; by default as launched, which is "no" without a launcher.
+        accumulate: each process's share of a batch goes through the networks in so many parts, one
+            after the other, for one update by their mean gradient: less memory at the same result,
+            but for batch norm and for what the method draws at random. For methods whose step is
+            one update of one mean loss; a meta-learning step is not the mean of its parts'.
+        checkpointing: keep only the input of each block of the networks for the backward pass, and
+            compute the rest again there (`checkpointing.recomputed`): equal gradients, about a
+            third more time, less memory.
         device: "cpu" or "cuda"; by default the one that accelerate chooses.
         progress: show a bar, in the main process.
         on_log: called in the main process with each logged step and its losses.
@@ -75,13 +85,17 @@ def fit(
     Raises:
         ValueError: a setting is out of range; the loader has no batches, or its batch size does
             not divide by the number of processes; the checkpoint is broken, was made with another
-            seed, method, network, data size, precision or number of processes, or is past `steps`.
+            seed, method, network, data size, precision or number of processes, or is past `steps`;
+            `accumulate` with a method whose step is no mean over its batch.
         FloatingPointError: a loss, or a weight that was to be saved, is NaN or infinite; the last
             good checkpoint is kept.
         KeyboardInterrupt: after Ctrl-C, once the step is finished and saved. A second Ctrl-C does
             not wait for the step and leaves the last checkpoint as it is.
     """
-    _check_settings(seed, steps=steps, checkpoint_every=checkpoint_every, log_every=log_every)
+    counts = {"checkpoint_every": checkpoint_every, "log_every": log_every}
+    _check_settings(seed, steps=steps, accumulate=accumulate, **counts)
+    if accumulate > 1:
+        method.check_accumulates()
     keep_freed_memory()
     accelerator = _make_accelerator(device)
     place, main = accelerator.device, accelerator.is_main_process
@@ -106,7 +120,7 @@ def fit(
         saved = _read_checkpoint(path, run, steps)
         _load_method(method, saved["method"], path)
     accelerator.wait_for_everyone()  # nobody writes while another process reads
-    log = _Log(path.with_name("log.csv"), saved["log"], write=main)
+    log = TrainingLog(path.with_name("log.csv"), saved["log"], write=main)
     if saved["step"] == steps:
         return log.table()
 
@@ -138,8 +152,9 @@ def fit(
                     batch = send_to_device(batch, place, non_blocking=loader.pin_memory)
                     seed_all(seed, STEP, done + 1, rank)
                     halfway = True
-                    with _autocast(precision, place):
-                        losses = method.step(batch)
+                    recomputing = recomputed(method.modules) if checkpointing else nullcontext()
+                    with _autocast(precision, place), recomputing:
+                        losses = method.step_in_parts(batch, accumulate)
                     losses = _average(losses, accelerator)
                     _check_finite("loss", losses, done + 1, path, kept)
                     halfway = False
@@ -159,34 +174,6 @@ def fit(
             raise KeyboardInterrupt(note) from None
     accelerator.wait_for_everyone()
     return log.table()
-
-
-class _Log:
-    """The rows of a run, and `log.csv`, which a resume brings back to the checkpoint's rows."""
-
-    def __init__(self, path: Path, rows: list[dict[str, float]], write: bool) -> None:
-        self.path, self.rows, self.write = path, rows, write
-        self._rewrite()
-
-    def append(self, step: int, losses: dict[str, float], seconds: float) -> None:
-        row = {"step": step, **losses, "seconds": round(seconds, 3)}
-        self.rows.append(row)
-        if row.keys() - set(self.columns):  # a loss that no earlier step reported
-            self._rewrite()
-        elif self.write:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=self.columns)
-
-    def _rewrite(self) -> None:
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        names = [name for name in names if name not in ("step", "seconds")]
-        self.columns = ["step", *names, "seconds"]
-        if self.write:
-            text = self.table().to_csv(index=False, lineterminator="\n")
-            write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fusionkit.color import chroma, fuse_chroma, luminance
 from fusionkit.fuse import fuse, fuse_folders, stretch_to_range
 from fusionkit.images import save_image, to_tensor
 from fusionkit.models.refusion import ReFusion
-from fusionkit.models.registry import save_weights
+from fusionkit.models.registry import create_model, save_weights
 
 SIZES = [(8, 8), (9, 13), (131, 157)]
 
@@ -322,6 +323,54 @@ def test_a_broken_pair_is_reported_and_the_others_are_written(folders, network, 
     assert [p.name for p in folders[2].iterdir()] == ["one.png"]
 
 
+def test_reading_and_writing_overlap_with_the_network(folders, network, monkeypatch):
+    """The next pair is read and the last is written by other threads, and no more than that."""
+    module = sys.modules["fusionkit.fuse"]
+    seen, begun = {"read": set(), "run": set(), "written": set()}, []
+
+    def spied(kind: str, function):
+        def call(*arguments):
+            seen[kind].add(threading.current_thread().name)
+            begun.append(kind)
+            return function(*arguments)
+
+        return call
+
+    for kind, name in (("read", "_load"), ("run", "_fuse_luminance"), ("written", "save_image")):
+        monkeypatch.setattr(module, name, spied(kind, getattr(module, name)))
+    for i in range(4):
+        write(folders[0] / f"{i}.png", levels(9, 13, seed=i))
+        write(folders[1] / f"{i}.png", levels(9, 13, 3, seed=9 - i))
+    results = fuse_folders(*folders, model=network, progress=False)
+    assert list(results) == ["0", "1", "2", "3", "one", "three", "two"]
+    assert [len(names) for names in seen.values()] == [1, 1, 1]
+    assert seen["run"] == {threading.current_thread().name}
+    assert len(set.union(*seen.values())) == 3
+    for i in range(len(begun)):
+        done = [begun[: i + 1].count(kind) for kind in ("read", "run", "written")]
+        assert done[0] <= done[1] + 2
+        assert done[1] <= done[2] + 2
+    monkeypatch.undo()
+    for stem, path in results.items():
+        alone = fuse(folders[0] / f"{stem}.png", folders[1] / f"{stem}.png", model=network)
+        assert torch.equal(to_tensor(path), to_tensor(save_image(alone, path.with_name("x.png"))))
+
+
+def test_a_network_that_fails_on_a_pair_names_it(folders):
+    class Choosy(Weighted):
+        def forward(self, a, b):
+            if a.shape[-1] == 20:
+                raise ValueError("sides of 20 are not for me")
+            return super().forward(a, b)
+
+    for folder in folders[:2]:
+        write(folder / "three.png", levels(20, 20))
+    results = fuse_folders(*folders, model=Choosy(), progress=False)
+    assert list(results) == ["one", "three", "two"]
+    assert "20 are not for me" in str(results["three"])
+    assert sorted(p.name for p in folders[2].iterdir()) == ["one.png", "two.png"]
+
+
 def test_a_missing_partner_is_reported(folders, network):
     (folders[0] / "one.png").unlink()
     write(folders[0] / "four.png", levels(9, 13))
@@ -344,3 +393,18 @@ def test_empty_and_missing_folders(folders, network, tmp_path):
     with pytest.raises(ValueError, match="unknown color"):
         fuse_folders(*folders, model=network, color="blue")
     assert not folders[2].exists()
+
+
+@pytest.mark.parametrize("model", ["caf", "refusion", "tcmoa_tiny"])
+def test_bf16_is_near_float32_and_comes_back_as_float32(model):
+    torch.manual_seed(0)
+    network = create_model(model).eval()
+    pair = torch.rand(2, 1, 48, 40).unbind(0)
+    exact, mixed = (fuse(*pair, model=network, precision=p) for p in ("float32", "bf16"))
+    assert mixed.dtype == torch.float32
+    assert 0 < (exact - mixed).abs().max() < 0.03
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; expected one of float32, bf16"):
+        fuse(*torch.rand(2, 1, 16, 16), precision="fp8")

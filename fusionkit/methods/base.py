@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
+
+from fusionkit.batches import parts_of
 
 
 def cosine(fraction: float) -> float:
@@ -32,6 +35,23 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     ]
 
 
+class _Part(NamedTuple):
+    """A part of a batch: its share of the items, and the gradients of those before it."""
+
+    share: float
+    last: bool
+    sums: dict[str, list[torch.Tensor | None]]
+
+    def add(self, name: str, gradients: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The shares of the parts up to this one, added up; None where no part has a gradient."""
+        new = [None if g is None else self.share * g for g in gradients]
+        if old := self.sums.get(name):
+            pairs = zip(old, new, strict=True)
+            new = [p if q is None else q if p is None else p + q for p, q in pairs]
+        self.sums[name] = new
+        return new
+
+
 class Method:
     """A way to train a fusion network; `training.fit` drives it.
 
@@ -43,7 +63,11 @@ class Method:
         modules: every network that is trained, by name; the fusion network is `fusion`.
         optimizers: one optimiser a name.
         steps_taken: calls of `step` that were finished, counted by the subclass.
+        accumulates: whether `step` is one update by the mean of a loss over the batch's items, so
+            that the gradients of parts of a batch may be added up.
     """
+
+    accumulates = False
 
     def __init__(
         self, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
@@ -52,10 +76,42 @@ class Method:
         self.optimizers = optimizers
         self.steps_taken = 0
         self.accelerator: Accelerator | None = None
+        self._part: _Part | None = None
 
     def step(self, batch: dict) -> dict[str, float]:
         """One training step on `batch` (keys `a`, `b`: (B, 1, H, W) in [0, 1]); named losses."""
         raise TypeError(f"{type(self).__name__} defines no step")
+
+    def step_in_parts(self, batch: dict, parts: int) -> dict[str, float]:
+        """`step`, with the batch going through in `parts` parts one after the other.
+
+        One update by the mean gradient over all items; the losses are means likewise.
+
+        Raises:
+            ValueError: more than one part, and the method does not accumulate.
+        """
+        if parts == 1:
+            return self.step(batch)
+        self.check_accumulates()
+        taken, gradients, report = self.steps_taken, {}, {}
+        pieces = parts_of(batch, parts)
+        try:
+            for i, (piece, share) in enumerate(pieces):
+                self.steps_taken = taken
+                self._part = _Part(share, i == len(pieces) - 1, gradients)
+                for name, value in self.step(piece).items():
+                    report[name] = report.get(name, 0.0) + share * value
+        finally:
+            self._part = None
+        return report
+
+    def check_accumulates(self) -> None:
+        """Raise a ValueError if gradients of parts of a batch must not be added up."""
+        if not self.accumulates:
+            raise ValueError(
+                f"{type(self).__name__} does not accumulate gradients: its step is not one update "
+                "by a mean over the batch; expected accumulate=1"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +157,10 @@ class Method:
         `clip` is the largest L2 norm of the averaged gradient, over all parameters together.
         """
         parameters = self.trained(name)
+        if self._part is not None:
+            gradients = self._part.add(name, gradients)
+            if not self._part.last:
+                return
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         averaged = self.average([gradient for _, gradient in pairs])
         for (parameter, _), gradient in zip(pairs, averaged, strict=True):

@@ -41,10 +41,21 @@ def directional_derivative(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`function(*point)` and its derivative along `direction`, both without a graph.
 
+    A network that was compiled runs as it was before: compiled code has no second derivative.
+
     One pass in forward mode. Where an operation has no forward-mode rule, two backward passes,
     which need its second derivative instead.
     """
     point = [p.detach() for p in point]
+    with torch.compiler.set_stance("force_eager"):
+        return _directional_derivative(function, point, direction)
+
+
+def _directional_derivative(
+    function: Callable[..., torch.Tensor],
+    point: Sequence[torch.Tensor],
+    direction: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             # The first call makes torch load its forward-mode rules by a call it has deprecated.

@@ -29,6 +29,8 @@ class ColorNetMethod(Method):
             keeps it.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         colornet: nn.Module,

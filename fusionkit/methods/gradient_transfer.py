@@ -98,6 +98,8 @@ class GradientTransferMethod(Method):
         if spread_weight is None:
             self.spread_weight = 2.5 if form == "released" else 0.0
         self.warmup_steps = warmup_steps if hasattr(fusion, "autoencode") else 0
+        # The released structure loss weighs the sources by means over the whole batch.
+        self.accumulates = form == "paper"
 
     def prepare(self, accelerator: Accelerator) -> None:
         super().prepare(accelerator)

@@ -36,6 +36,8 @@ class MAEMethod(Method):
         ValueError: a setting is out of range.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         autoencoder: MaskedAutoencoder,

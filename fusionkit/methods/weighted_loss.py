@@ -39,6 +39,8 @@ class WeightedLossTraining(Method):
         ValueError: a weight for no known term, or for a perceptual one without features.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         fusion: nn.Module,

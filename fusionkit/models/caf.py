@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fusionkit.models.streaming import Walk
+
 
 class CAF(nn.Module):
     """Densely connected convolutions (148,321 parameters at its defaults).
@@ -20,7 +22,12 @@ class CAF(nn.Module):
     Args:
         dim: width of each source's encoder; a dense step adds 2·dim channels.
         steps: dense steps.
+
+    Attributes:
+        cpu_tile: side of the tiles in which it streams on a CPU.
     """
+
+    cpu_tile = 512
 
     def __init__(self, dim: int = 16, steps: int = 3) -> None:
         super().__init__()
@@ -45,6 +52,18 @@ class CAF(nn.Module):
         for step in self.dense:
             features = torch.cat([features, step(features)], dim=1)
         return self.head(features)
+
+    @torch.no_grad()
+    def stream(self, a: torch.Tensor, b: torch.Tensor, tile: int = 512) -> torch.Tensor:
+        """`forward`'s result in evaluation, in tiles with all that a pixel depends on around them.
+
+        No gradients, any size; wide features live as long as a tile.
+        """
+        halo = len(self.dense) + 3  # a 3×3 convolution each: encoder, dense steps, two in the head
+        out = torch.empty_like(a)
+        walk = Walk(*a.shape[-2:], tile)
+        walk.read(lambda x: self(*x.chunk(2, dim=1)), torch.cat([a, b], dim=1), out, halo)
+        return out
 
 
 def _conv_norm(in_dim: int, out_dim: int) -> nn.Sequential:

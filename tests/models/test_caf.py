@@ -153,3 +153,15 @@ def test_a_step_on_copied_weights_differentiates():
     steps = [after_a_step(weight.detach() + e).item() for e in (1e-5, -1e-5)]
     assert slope.item() == pytest.approx((steps[0] - steps[1]) / 2e-5, rel=1e-4)
     assert abs(slope) > 1e-6
+
+
+@pytest.mark.parametrize("tile", [7, 16, 64])
+def test_tiles_give_the_whole_picture(tile):
+    torch.manual_seed(0)
+    network = CAF(dim=4, steps=2)
+    a, b = torch.rand(2, 2, 1, 33, 50)
+    network(a, b)  # running statistics of its own
+    network.eval()
+    with torch.no_grad():
+        expected = network(a, b)
+    torch.testing.assert_close(network.stream(a, b, tile), expected, rtol=0, atol=1e-6)
