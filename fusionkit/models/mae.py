@@ -85,12 +85,13 @@ class MaskedAutoencoder(nn.Module):
             sizes[f"{prefix}heads"] = tower.blocks[0].attn.num_heads
         return cls(**sizes)
 
-    def patches(self, pictures: torch.Tensor) -> torch.Tensor:
+    def patches(self, pictures: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
         """(B, 1 or 3, 112, 112) in [0, 1] -> the enlarged, ImageNet-normalised patches.
 
         (B, 196, 768): in reading order, of each the pixels in reading order, of each the channels.
+        `mode` is how they are enlarged, as in `torch.nn.functional.interpolate`.
         """
-        x = self._normalised(pictures)
+        x = self._normalised(pictures, mode)
         x = x.unflatten(3, (WINDOW, PATCH)).unflatten(2, (WINDOW, PATCH))
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -121,14 +122,14 @@ class MaskedAutoencoder(nn.Module):
         hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :visible], False)
         return self.decoder_pred(self.decoder(full)), hidden
 
-    def _normalised(self, pictures: torch.Tensor) -> torch.Tensor:
+    def _normalised(self, pictures: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
         sides = (MULTIPLE, MULTIPLE)
         if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or pictures.shape[2:] != sides:
             raise ValueError(
                 f"pictures have shape {tuple(pictures.shape)}; "
                 f"expected (B, 1 or 3, {MULTIPLE}, {MULTIPLE})"
             )
-        return enlarged(pictures, self.mean, self.std)
+        return enlarged(pictures, self.mean, self.std, mode)
 
 
 def fill_backbone(model: TCMoA, autoencoder: MaskedAutoencoder) -> TCMoA:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,7 +20,7 @@ from fusionkit.models.colornet import ColorNet
 from fusionkit.models.frufn import EFRUFN, FRUFN
 from fusionkit.models.official import release_options, to_ours
 from fusionkit.models.refusion import ReFusion
-from fusionkit.models.tcmoa import tcmoa_base, tcmoa_large, tcmoa_tiny
+from fusionkit.models.tcmoa import tcmoa_base, tcmoa_large, tcmoa_small, tcmoa_tiny
 from fusionkit.names import TASKS, check_name, check_task
 
 # What safetensors and torch raise for a file that is cut short or is something else.
@@ -66,6 +66,9 @@ MODELS = {
     "tcmoa_tiny": ModelEntry(
         tcmoa_tiny, stretch=False, paper=_TCMOA, routed=True, shipped={"reduction": "area"}
     ),
+    "tcmoa_small": ModelEntry(
+        tcmoa_small, stretch=False, paper=_TCMOA, routed=True, shipped={"reduction": "area"}
+    ),
     "tcmoa_base": ModelEntry(tcmoa_base, stretch=False, paper=_TCMOA, routed=True),
     "tcmoa_large": ModelEntry(tcmoa_large, stretch=False, paper=_TCMOA, routed=True),
     "frufn": ModelEntry(FRUFN, stretch=False, paper=_UNFOLDING),
@@ -100,6 +103,7 @@ def create_model(
     task: str | None = None,
     pretrained: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    compile: bool = False,
     **options,
 ) -> nn.Module:
     """Build a fusion network: `forward(a, b) -> fused` on (B, 1, H, W) in [0, 1].
@@ -114,6 +118,10 @@ def create_model(
             serves all tasks, the task may be left out.
         checkpoint: weights from a file instead: ours (`.safetensors`, or a training run's
             `checkpoint.pt`) or the authors' (`.pth` or safetensors; recognised by their keys).
+        compile: calls of the network go through `torch.compile`, once for pictures of all sizes,
+            from the first call on. Class, weights and other methods (`stream`, `stem`, `trace`)
+            stay as they are, so where `fuse` streams it gains nothing. Copies are not compiled, and
+            neither are derivatives along a direction, which meta-learning takes.
         options: passed to the network's class.
 
     Raises:
@@ -132,10 +140,14 @@ def create_model(
         checkpoint = pretrained_path(name, task)
         options = {**entry.shipped, **options}
     if checkpoint is None:
-        return entry.build(**options)
-    state = read_state(Path(checkpoint))
-    model = entry.build(**{**release_options(name, state), **options})
-    return _fill(model, name, state, Path(checkpoint))
+        model = entry.build(**options)
+    else:
+        state = read_state(Path(checkpoint))
+        model = entry.build(**{**release_options(name, state), **options})
+        _fill(model, name, state, Path(checkpoint))
+    if compile:
+        model.compile(dynamic=True)  # in place: the keys of the weights keep their names
+    return model
 
 
 def pretrained_path(name: str, task: str | None) -> Path:
@@ -230,9 +242,17 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_weights(
-    model: nn.Module, path: str | os.PathLike, metadata: dict[str, str] | None = None
+    model: nn.Module,
+    path: str | os.PathLike,
+    metadata: dict[str, str] | None = None,
+    half: Collection[str] = (),
 ) -> Path:
-    """Write a network's weights as safetensors, atomically; `metadata` goes into its header."""
+    """Write a network's weights as safetensors, atomically.
+
+    `metadata` goes into the file's header. Tensors named in `half`, such as those of a frozen part,
+    are stored in half precision; loading turns them into the network's own.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state |= {key: state[key].half() for key in half}
     payload = safetensors.torch.save(state, metadata)
     return write_atomically(path, lambda file: file.write(payload))

@@ -205,9 +205,9 @@ class TCMoA(nn.Module):
         encoded, encoder_reports = self.encoder.rest(stem.tokens, mix, control)
         if self.tuning != "tcmoa":
             encoded = sum(encoded.chunk(2)) / 2
-        prediction, decoder_reports = self.decode(encoded, mix, control)
-        reports = {"encoder": encoder_reports, "decoder": decoder_reports}
         rows, columns = (math.ceil(side / TOKEN) for side in stem.size)
+        prediction, decoder_reports = self.decode(encoded, mix, control, (rows, columns))
+        reports = {"encoder": encoder_reports, "decoder": decoder_reports}
         return TCMoAOutput(
             self._picture(prediction, stem),
             {k: tuple(r.prompts[..., :rows, :columns] for r in v) for k, v in reports.items()},
@@ -216,12 +216,21 @@ class TCMoA(nn.Module):
         )
 
     def decode(
-        self, encoded: torch.Tensor, mix: RouterMix, control: PromptControl | None = None
+        self,
+        encoded: torch.Tensor,
+        mix: RouterMix,
+        control: PromptControl | None = None,
+        wanted: tuple[int | None, int | None] = (None, None),
     ) -> tuple[torch.Tensor, list[LayerReport]]:
-        """Encoded tokens (2B, h, w, C) -> the prediction (B, 3, 16h, 16w), normalised pixels."""
+        """Encoded tokens (2B, h, w, C) -> the prediction (B, 3, 16h, 16w), normalised pixels.
+
+        `wanted` are the (rows, columns) of tokens to predict, from the top left; None is all.
+        """
         x = self.decoder_embed(encoded)
         x = x + self._position(self.decoder_position, *x.shape[1:3])
         x, reports = self.decoder.rest(self.decoder.stem(x), mix, control)
+        rows, columns = wanted
+        x = x[:, :rows, :columns]
         patches = self.decoder_pred(x).unflatten(-1, (PATCH, PATCH, 3))  # (B, h, w, 16, 16, 3)
         picture = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return picture, reports
@@ -242,10 +251,12 @@ class TCMoA(nn.Module):
         return resized.reshape(1, rows, columns, -1)
 
 
-def enlarged(pictures: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def enlarged(
+    pictures: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, mode: str = "bilinear"
+) -> torch.Tensor:
     """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), normalised: what the patches are cut from."""
     x = (pictures.expand(-1, 3, -1, -1) - mean) / std
-    return F.interpolate(x, scale_factor=ENLARGEMENT, mode="bilinear")
+    return F.interpolate(x, scale_factor=ENLARGEMENT, mode=mode)
 
 
 def _check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -263,6 +274,16 @@ def tcmoa_tiny(**options) -> TCMoA:
     """A network of 0.64 M parameters for quick runs; `MaskedAutoencoder.like` pretrains it."""
     encoder = {"width": 64, "depth": 8, "heads": 4}
     decoder = {"decoder_width": 48, "decoder_depth": 4, "decoder_heads": 4}
+    return TCMoA(**encoder | decoder | options)
+
+
+def tcmoa_small(**options) -> TCMoA:
+    """A network of 2.2 M parameters, shallow and wide: a token holds all gray values it stands for.
+
+    Blocks are few, but a TC-MoA layer hands on a quarter of the channels, here 64 for 8×8 pixels.
+    """
+    encoder = {"width": 256, "depth": 2, "heads": 4}
+    decoder = {"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4}
     return TCMoA(**encoder | decoder | options)
 
 

@@ -129,6 +129,18 @@ def test_round_trip(tmp_path, network):
         assert file.metadata() == {"task": "ivif"}
 
 
+def test_half_precision_is_for_the_file_alone(tmp_path, network):
+    halved = [key for key in network.state_dict() if key.endswith("weight")]
+    whole = save_weights(network, tmp_path / "whole.safetensors")
+    path = save_weights(network, tmp_path / "half.safetensors", half=halved)
+    assert path.stat().st_size < 0.7 * whole.stat().st_size
+    expected = network.state_dict()
+    expected |= {key: expected[key].half().float() for key in halved}
+    loaded = load(path)
+    assert_same_weights(loaded, expected)
+    assert all(value.dtype == torch.float32 for value in loaded.state_dict().values())
+
+
 def test_round_trip_from_channels_last(tmp_path, network):
     path = save_weights(network.to(memory_format=torch.channels_last), tmp_path / "x.safetensors")
     assert_same_weights(load(path), network.state_dict())

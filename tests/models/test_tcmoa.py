@@ -323,7 +323,8 @@ def test_one_stem_serves_several_controls_and_tasks(network):
 
 
 def test_registered():
-    assert list_models("tcmoa*") == ["tcmoa_base", "tcmoa_large", "tcmoa_tiny"]
+    names = ["tcmoa_base", "tcmoa_large", "tcmoa_small", "tcmoa_tiny"]
+    assert list_models("tcmoa*") == names
 
 
 @pytest.mark.parametrize(

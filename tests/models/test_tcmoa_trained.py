@@ -1,4 +1,4 @@
-"""The tiny TC-MoA that ships: what its prompts and routers do to pictures it has not seen."""
+"""The TC-MoAs that ship: what their prompts and routers do to pictures they have not seen."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fusionkit.models.tcmoa import TCMoA, TCMoAOutput
 SIZE = (112, 112)
 
 
-@pytest.fixture(scope="module")
-def network() -> TCMoA:
-    return create_model("tcmoa_tiny", pretrained=True).eval()
+@pytest.fixture(scope="module", params=["tcmoa_tiny", "tcmoa_small"])
+def network(request) -> TCMoA:
+    return create_model(request.param, pretrained=True).eval()
 
 
 def sources(task: str, size=SIZE) -> tuple[torch.Tensor, torch.Tensor]:
