@@ -11,7 +11,6 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn import functional as F
 
-from fusionkit.kernels._dispatch import transformed
 from fusionkit.kernels.channel_statistics import channel_statistics
 from fusionkit.kernels.gated_depthwise import gated_depthwise
 from fusionkit.kernels.normed_depthwise import (
@@ -19,38 +18,12 @@ from fusionkit.kernels.normed_depthwise import (
     normed_depthwise_twin,
     normed_gated_depthwise_twin,
 )
+from fusionkit.models.onednn import PointwiseConv2d, pointwise
 
 
 def conv1x1(in_dim: int, out_dim: int) -> nn.Conv2d:
     """A 1×1 convolution without bias."""
     return PointwiseConv2d(in_dim, out_dim, 1, bias=False)
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1×1 convolution by `pointwise`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return pointwise(x, self.weight)
-
-
-def pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) with weights (D, C, 1, 1) -> (B, D, H, W); no bias."""
-    # With one thread torch gives these to im2col, a third as fast as oneDNN.
-    if _plain_on_cpu(x) and torch.get_num_threads() == 1 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, None, (0, 0), (1, 1), (1, 1), 1)
-    return F.conv2d(x, weight)
-
-
-def _plain_on_cpu(x: torch.Tensor) -> bool:
-    """Whether x is float32 on a CPU, and nothing differentiates, casts or compiles."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not transformed(x)
-    )
 
 
 def conv3x3(in_dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:

@@ -13,6 +13,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from fusionkit.models.onednn import with_onednn
+
 WINDOW = 14
 
 
@@ -55,10 +57,11 @@ def transformer_blocks(
 ) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks with MLP ratio 4, as MAE's."""
     norm = partial(nn.LayerNorm, eps=1e-6)
-    return nn.ModuleList(
+    blocks = nn.ModuleList(
         Block(width, heads, qkv_bias=True, norm_layer=norm, mlp_layer=mlp_layer)
         for _ in range(depth)
     )
+    return with_onednn(blocks)
 
 
 def start_as_mae(module: nn.Module) -> None:
