@@ -167,7 +167,7 @@ class VGGFeatures(nn.Module):
     the first convolution's output, by a slip; this is what the paper says.
 
     Args:
-        vgg: a torchvision VGG, such as `vgg16(weights="IMAGENET1K_V1")`.
+        vgg: torchvision's or timm's VGG, such as `vgg16(weights="IMAGENET1K_V1")`.
         convolutions: which, counted from 1; the paper's L.
 
     Raises:

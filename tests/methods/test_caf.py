@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -182,7 +183,8 @@ def test_vgg_features_are_the_activations_after_the_papers_convolutions():
     assert not any(p.requires_grad for p in features.parameters())
     assert not features.train().training
     with torch.device("meta"):
-        assert VGGFeatures(vgg16(weights=None)).taps == [1, 6, 11, 20, 29]
+        for whole in (vgg16(weights=None), timm.create_model("vgg16")):
+            assert VGGFeatures(whole).taps == [1, 6, 11, 20, 29]
     with pytest.raises(ValueError, match=r"convolutions \(9,\); expected some of 1 to 8"):
         VGGFeatures(vgg, (9,))
     assert perceptual_distance([first, third], [first + 1, third]).item() == pytest.approx(1)
@@ -441,6 +443,22 @@ def test_a_resumed_search_equals_an_undisturbed_one(tmp_path, momentum):
     assert len(resumed.history) == 6
     assert resumed.history == straight.history
     assert resumed.history[-1] == list(resumed.loss_weights().values())
+
+
+def test_a_search_is_followed_by_its_history_and_prints_nothing(tmp_path, capfd):
+    search, seen = make_search(warmup_steps=1), {}
+
+    def follow(step: int, losses: dict[str, float]) -> None:
+        seen[step] = [list(weights) for weights in search.history]
+
+    loader = DataLoader(LabelledPairs(), batch_size=4, shuffle=True)
+    options = {"out_dir": tmp_path, "progress": False, "device": "cpu"}
+    fit(search, loader, steps=3, log_every=1, on_log=follow, **options)
+    assert {step: len(path) for step, path in seen.items()} == {1: 2, 2: 3, 3: 4}
+    assert seen[3] == search.history
+    assert seen[3][1] == seen[3][0] != seen[3][2]
+    told = capfd.readouterr()
+    assert told.out == told.err == ""
 
 
 @pytest.mark.parametrize("product", ["finite_difference", "exact"])
