@@ -23,8 +23,11 @@ from fusionkit.tiling import fuse_tiled
 WHOLE_PIXELS = 1280 * 1024
 # A multiple of 112, which TC-MoA's windows fill; at 672 EFRUFN takes nearly 3 GiB.
 TILE = 560
-# A network that streams gives the same result in tiles. On a CPU it says itself how large they
-# should be: ReFusion is fastest where they stay in the cache.
+# A network that streams gives the same result in tiles, in less memory. Whole it is faster, as
+# some work is done once for a picture and not for each tile. On a CPU, whose memory programs share,
+# pictures are fused whole up to 640×512, where ReFusion takes less than 2 GiB, and the network says
+# itself how large tiles should be: ReFusion's are fastest where they stay in the cache.
+WHOLE_PIXELS_CPU = 640 * 512
 STREAM_TILE_GPU = 1024
 PRECISIONS = ("float32", "bf16")
 
@@ -58,8 +61,8 @@ def fuse(
             picture; by default as the model's paper does, which is True for `refusion`.
         tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion and CAF
             stream (see `models.streaming`): tiles give their result to rounding, and are the
-            default on a CPU. Other networks fuse overlapping tiles, by default of 560 beyond
-            1280×1024 pixels.
+            default beyond 640×512 pixels on a CPU. Other networks fuse overlapping tiles, by
+            default of 560 beyond 1280×1024 pixels.
         precision: "bf16" runs the network in mixed precision: for GPUs, and for CPUs that multiply
             bf16, where CAF takes half the time; values move by a few thousandths.
         device: by default a GPU if there is one; a network of yours stays where it is.
@@ -246,13 +249,12 @@ def _colored(fused: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
 def _run(network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int | None) -> torch.Tensor:
     streams = hasattr(network, "stream")
     if tile is None:
-        large = a.numel() > WHOLE_PIXELS
-        if streams:
-            tile = STREAM_TILE_GPU if large else 0
-            if a.device.type == "cpu":
-                tile = network.cpu_tile
-        else:
-            tile = TILE if large else 0
+        on_cpu = a.device.type == "cpu"
+        tile = 0
+        if a.numel() > (WHOLE_PIXELS_CPU if streams and on_cpu else WHOLE_PIXELS):
+            tile = TILE
+            if streams:
+                tile = network.cpu_tile if on_cpu else STREAM_TILE_GPU
     if not tile or max(a.shape[-2:]) <= tile:
         return network(a, b)
     if streams:

@@ -216,7 +216,25 @@ def test_tiles_leave_no_trace_of_a_local_network(tile):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [None, 96])
+class Streams(Weighted):
+    """Records the tiles it was asked to stream in."""
+
+    cpu_tile = 24
+
+    def stream(self, a, b, tile):
+        self.seen.append(tile)
+        return self.share * a + (1 - self.share) * b
+
+
+def test_a_network_streams_where_the_whole_picture_would_take_much_memory(monkeypatch):
+    monkeypatch.setattr("fusionkit.fuse.WHOLE_PIXELS_CPU", 40 * 40)
+    for side, seen in ((40, (40, 40)), (41, 24)):
+        network, picture = Streams(), levels(side, side)
+        fuse(picture, picture, model=network)
+        assert network.seen == [seen]
+
+
+@pytest.mark.parametrize("tile", [128, 96])
 def test_tiles_of_a_network_that_streams_give_the_whole_picture(shared, tile):
     folder = shared / "data" / "roadscene" / "test"
     pair = [folder / source / "FLIR_06570.jpg" for source in ("ir", "vi")]
