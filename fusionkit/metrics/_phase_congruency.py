@@ -21,7 +21,7 @@ NOISE_SIGMAS = 2.0
 NOISE_DIVISOR = 1.7  # Kovesi's empirical correction of the noise estimate
 CUT_OFF, GAIN = 0.5, 10  # of the sigmoid that favours broad frequency spread
 LOWPASS_CUT_OFF, LOWPASS_ORDER = 0.45, 15
-EPSILON = torch.finfo(torch.float64).eps
+EPSILON = 1e-4  # of the amplitudes, for gray levels
 
 
 class PhaseCongruency(NamedTuple):
@@ -64,7 +64,9 @@ def phase_congruency(x: torch.Tensor) -> PhaseCongruency:
         x_part, y_part = congruency * math.cos(angle), congruency * math.sin(angle)
         xx, yy, xy = xx + x_part.square(), yy + y_part.square(), xy + x_part * y_part
 
-    xx, yy, xy = xx * (2 / ORIENTATIONS), yy * (2 / ORIENTATIONS), xy * (4 / ORIENTATIONS)
+    xx, yy = xx * (2 / ORIENTATIONS), yy * (2 / ORIENTATIONS)
+    # Twice the covariance would have the factor 4; the MATLAB values of Q_P need 1.
+    xy = xy / ORIENTATIONS
     difference = torch.hypot(xy, xx - yy)
     maps = energy / (amplitude + EPSILON), (xx + yy + difference) / 2, (xx + yy - difference) / 2
     return PhaseCongruency(*(x.double() for x in maps))
@@ -92,8 +94,8 @@ def _filters(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Radial (scales, H, W) and angular (orientations, H, W) factors of the filters, and by how
     much each orientation's energy of noise exceeds that of its finest scale."""
-    y = _frequencies(height, device)[:, None]
-    x = _frequencies(width, device)[None, :]
+    y = torch.fft.fftfreq(height, dtype=torch.float64, device=device)[:, None]
+    x = torch.fft.fftfreq(width, dtype=torch.float64, device=device)[None, :]
     radius = torch.hypot(x, y)
     lowpass = 1 / (1 + (radius / LOWPASS_CUT_OFF) ** (2 * LOWPASS_ORDER))
     log_radius = radius.where(radius > 0, 1).log()
@@ -115,9 +117,3 @@ def _filters(
         angular.append(spread)
         gains.append((radial.sum(0) * even).square().sum() / (radial[0] * spread).square().sum())
     return radial.float(), torch.stack(angular).float(), torch.stack(gains).float()
-
-
-def _frequencies(size: int, device: torch.device) -> torch.Tensor:
-    """Cycles a pixel in the order of the FFT; Kovesi lets odd sizes reach 1/2 too."""
-    frequencies = torch.fft.fftfreq(size, dtype=torch.float64, device=device)
-    return frequencies * (size / (size - 1)) if size % 2 and size > 1 else frequencies

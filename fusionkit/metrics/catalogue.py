@@ -6,8 +6,7 @@ in the convention that their docstring names for that code; `ms_ssim` has no MAT
 and agrees with piq's.
 
 ========================  =====================================================================
-`qp`                      10 % in the median, 31 % at most: the paper leaves filters, windows and
-                          constants open, and ours were chosen on the same 13 pictures.
+`qp`                      up to 5e-4 on pictures of odd size, 1.5e-4 on others; not explained.
 `qc`                      6 of 13 miss 1e-3: four by up to 5e-3; two with flat regions entirely,
                           where MATLAB's value is rounding noise (1.18 and -0.86).
 `fmi_gradient`            up to 5e-4, and the next three up to 3e-4: windows that are flat but for

@@ -23,11 +23,12 @@ def test_reference_values_of_qm(row, shared):
     assert qm(*(x.float() for x in images)).item() == pytest.approx(row["value"], rel=1e-5)
 
 
-def test_qp_is_no_farther_from_matlab_than_its_docstring_says(shared):
-    rows = [p.values[0] for p in solid_rows(["qp"])]
-    assert len(rows) == 13
-    for row in rows[:2] + rows[8:10]:
-        assert qp(*pictures(row, shared)).item() == pytest.approx(row["value"], rel=0.32)
+@pytest.mark.parametrize("row", solid_rows(["qp"]))
+def test_reference_values_of_qp(row, shared):
+    images = pictures(row, shared)
+    even = not any(size % 2 for size in images[0].shape[-2:])
+    tolerance = 1.5e-4 if even else 5e-4
+    assert qp(*images).item() == pytest.approx(row["value"], rel=tolerance)
 
 
 @every_metric
@@ -41,9 +42,10 @@ def test_worse_pictures_have_smaller_values(metric):
 
 def test_constant_pictures():
     gray, x = torch.full((3, 1, 40, 52), 0.4), triple()[2]
-    torch.testing.assert_close(qp(gray, gray, gray), torch.ones(3, dtype=torch.float64))
+    assert qp(gray, gray, gray).isnan().all()
     assert torch.isfinite(qp(gray, x, x)).all()
-    assert (qp(x, x, gray) < 0.5).all()
+    # The constant in the correlation makes it 1 where the fused picture has no variance.
+    torch.testing.assert_close(qp(x, x, gray), torch.ones(3, dtype=torch.float64))
     assert qm(gray, gray, x).isnan().all()
     torch.testing.assert_close(qm(gray, x, x), qm(x, x, x), rtol=1e-5, atol=0)
 
@@ -77,7 +79,7 @@ def step(contrast: float, size: int = 64) -> torch.Tensor:
 
 def test_phase_congruency_finds_edges_whatever_their_contrast():
     weak, strong = phase_congruency(step(2.0)), phase_congruency(step(200.0))
-    torch.testing.assert_close(weak.congruency, strong.congruency, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weak.congruency, strong.congruency, rtol=0, atol=5e-4)
     row = strong.maximum_moment[0, 32]
     assert row[15:17].min() > 0.5
     assert row[24:40].max() < 0.1
