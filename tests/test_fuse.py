@@ -227,7 +227,7 @@ class Streams(Weighted):
 
 
 def test_a_network_streams_where_the_whole_picture_would_take_much_memory(monkeypatch):
-    monkeypatch.setattr("fusionkit.fuse.WHOLE_PIXELS_CPU", 40 * 40)
+    monkeypatch.setattr(sys.modules["fusionkit.fuse"], "WHOLE_PIXELS_CPU", 40 * 40)
     for side, seen in ((40, (40, 40)), (41, 24)):
         network, picture = Streams(), levels(side, side)
         fuse(picture, picture, model=network)
