@@ -24,3 +24,15 @@ def full_precision() -> Iterator[None]:
     """References convolve in float32 on a GPU as well, not in TF32, and so do the twins."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Metrics take pictures one after another: Triton's interpreter runs in one thread at a time.
+
+    It patches `triton.language` for the length of a launch, under the feet of other threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
