@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from fusionkit.models.fixed_point import BACKWARDS, FixedPointWarning, fixed_point, solve
-from fusionkit.models.solvers import SOLVERS, mixing_weights
+from fusionkit.models.solvers import SOLVERS, mixing_weights, products
 
 TIGHT = {"tolerance": 1e-12, "max_evaluations": 200}
 
@@ -167,6 +167,13 @@ def test_anderson_weights_of_degenerate_histories(dtype, regularisation):
     weights = mixing_weights(gram, regularisation)
     assert weights.isfinite().all()
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(5, dtype=dtype))
+
+
+def test_products_of_a_large_picture_keep_their_digits():
+    # As many numbers as 33 maps of 480×640 have: summed in one go, float32 is off by 1e-3.
+    rows = torch.rand(2, 33 * 480 * 640, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([torch.dot(row.double(), rows[1].double()) for row in rows])
+    torch.testing.assert_close(products(rows, rows[1]).double(), expected, rtol=3e-6, atol=0)
 
 
 def test_mixing_moves_part_of_the_way():
