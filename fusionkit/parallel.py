@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 
 import torch
 from tqdm.auto import tqdm
@@ -25,14 +26,17 @@ def in_parallel(
 ) -> Iterator:
     """`function(item)` for each item, in order, in `workers` threads (by default one a CPU).
 
-    The first error is raised, and what has not begun by then never does.
+    Threads see the caller's context variables. The first error is raised, and what has not begun
+    by then never does.
     """
     workers = max(1, min(workers or os.cpu_count() or 1, len(items)))
     grad = torch.is_grad_enabled()  # every thread has a mode of its own
 
+    context = copy_context()
+
     def run(item):
         with torch.set_grad_enabled(grad):
-            return function(item)
+            return context.copy().run(function, item)
 
     with tqdm(total=len(items), unit=unit, disable=not progress) as bar, _one_thread_each():
         if workers == 1:

@@ -42,7 +42,8 @@ def evaluate(
             pictures says which pairs are measured.
         metrics: see `choose`; by default `COMMON`, "all" for every metric.
         device: where to compute.
-        workers: pictures that are loaded and measured side by side; by default one a CPU.
+        workers: pictures that are loaded and measured side by side, or metrics of a single picture;
+            by default one a CPU.
         progress: show a bar over the pictures.
 
     Returns:
@@ -59,9 +60,10 @@ def evaluate(
     """
     chosen = choose(metrics)
     triples = _triples(a, b, fused)
+    at_once = workers if len(triples) == 1 and torch.device(device).type == "cpu" else 1
 
     def row(name: str | int) -> dict[str, float]:
-        return measure(name, *triples[name](), chosen, device)
+        return measure(name, *triples[name](), chosen, device, at_once)
 
     rows = list(in_parallel(row, list(triples), workers, progress=progress))
     index = pd.Index(list(triples), name="image")
@@ -102,23 +104,28 @@ def measure(
     fused: torch.Tensor,
     metrics: Mapping[str, Callable],
     device: str | torch.device = "cpu",
+    workers: int | None = 1,
 ) -> dict[str, float]:
     """One picture's row: (C, H, W) each, gray at 8 bits; `name` is for warnings and errors."""
     sizes = ["×".join(map(str, x.shape[-2:])) for x in (a, b, fused)]
     if len(set(sizes)) > 1:
         raise ValueError(f"{name}: a, b and fused differ in size: {', '.join(sizes)}")
-    row = {}
     with remembering(a, b, fused):
         levels = [_gray(x, device) for x in (a, b, fused)]
-        for metric, function in metrics.items():
-            why = "its definition gives no value for these pictures, as where one is constant"
+
+        why = "its definition gives no value for these pictures, as where one is constant"
+
+        def value(function: Callable) -> tuple[float, str]:
             try:
-                row[metric] = function(*levels).item()
+                return function(*levels).item(), why
             except ValueError as error:  # too small for its window; the other metrics still tell
-                row[metric], why = float("nan"), str(error)
-            if row[metric] != row[metric]:
-                warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=1)
-    return row
+                return float("nan"), str(error)
+
+        values = list(in_parallel(value, list(metrics.values()), workers))
+    for metric, (found, why) in zip(metrics, values, strict=True):
+        if found != found:
+            warnings.warn(f"{metric} of {name} is NaN: {why}", stacklevel=1)
+    return {metric: found for metric, (found, _) in zip(metrics, values, strict=True)}
 
 
 def summary(table: pd.DataFrame, confidence: float = 0.95, resamples: int = 2000) -> pd.DataFrame:

@@ -7,9 +7,10 @@ stay functions of three pictures; the steps they share are marked `remembered`.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
 
 import torch
 
@@ -21,31 +22,27 @@ class _Scope:
         self.results: dict[tuple, object] = {}
         self.tensors: dict[int, torch.Tensor] = {}  # held, so that no id is given twice
         self.room = ROOM
+        self.locks: dict[tuple, Lock] = {}  # threads share a scope, and wait for each other
 
 
-class _Thread(threading.local):
-    def __init__(self):
-        self.scopes: list[_Scope] = []
-
-
-_thread = _Thread()
+_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("scopes", default=())
 
 
 @contextmanager
 def remembering(*pictures: torch.Tensor) -> Iterator[None]:
-    """Within, in this thread, `remembered` functions keep what they compute of these tensors, and
-    of tensors computed of them, until the end.
+    """Within, `remembered` functions keep what they compute of these tensors, and of tensors
+    computed of them, until the end: in this thread, and in those that `in_parallel` starts.
 
     Scopes may be nested: what follows from an outer scope's pictures alone is kept until its end.
     Pictures must not be changed within.
     """
     scope = _Scope()
     scope.tensors.update((id(x), x) for x in pictures)
-    _thread.scopes.append(scope)
+    token = _scopes.set((*_scopes.get(), scope))
     try:
         yield
     finally:
-        _thread.scopes.remove(scope)
+        _scopes.reset(token)
 
 
 def remembered(function: Callable, bulky: bool = False) -> Callable:
@@ -61,27 +58,28 @@ def remembered(function: Callable, bulky: bool = False) -> Callable:
     @functools.wraps(function)
     def once(*args):
         scope = _scope_of([x for x in args if isinstance(x, torch.Tensor)])
-        if scope is None or (bulky and scope is _thread.scopes[-1]):
+        if scope is None or (bulky and scope is _scopes.get()[-1]):
             return function(*args)
         key = (function, *(id(x) if isinstance(x, torch.Tensor) else x for x in args))
-        if key not in scope.results:
-            result = function(*args)
-            parts = result if isinstance(result, tuple) else (result,)
-            found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
-            size = sum(x.nbytes for x in found.values())
-            if size > scope.room - (ROOM // 2 if bulky else 0):
-                return result
-            scope.room -= size
-            scope.tensors.update(found)
-            scope.results[key] = result
-        return scope.results[key]
+        with scope.locks.setdefault(key, Lock()):
+            if key not in scope.results:
+                result = function(*args)
+                parts = result if isinstance(result, tuple) else (result,)
+                found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
+                size = sum(x.nbytes for x in found.values())
+                if size > scope.room - (ROOM // 2 if bulky else 0):
+                    return result
+                scope.room -= size
+                scope.tensors.update(found)
+                scope.results[key] = result
+            return scope.results[key]
 
     return once
 
 
 def _scope_of(tensors: list[torch.Tensor]) -> _Scope | None:
     """The innermost of the scopes that these tensors belong to, each to its outermost one."""
-    scopes = _thread.scopes
+    scopes = _scopes.get()
     depth = 0
     for tensor in tensors:
         owners = (i for i, scope in enumerate(scopes) if id(tensor) in scope.tensors)

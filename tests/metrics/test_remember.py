@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from fusionkit.metrics import METRICS, remember
 from fusionkit.metrics.evaluate import measure
 from fusionkit.metrics.remember import remembered, remembering
+from fusionkit.parallel import in_parallel
 
 from .reference import related
 
@@ -37,6 +39,7 @@ def test_all_metrics_are_the_same_remembered(monkeypatch):
     with remembering(a[0], b[0]):
         found = [measure(0, a[0], b[0], f[0], METRICS) for f in others]
     assert found == expected
+    assert measure(0, a[0], b[0], fused[0], METRICS, workers=3) == expected[0]
     monkeypatch.setattr(remember, "ROOM", 100_000)  # some steps are kept, and others are not
     with remembering(a[0], b[0]):
         assert measure(0, a[0], b[0], fused[0], METRICS) == expected[0]
@@ -86,6 +89,20 @@ def test_threads_and_full_scopes_remember_nothing_of_others(calls, double, monke
             double(x)  # fills it
             double(x, None, 3)
     assert len(calls) == 2 + 1 + 2
+
+
+def test_threads_side_by_side_wait_for_the_one_that_computes(calls):
+    @remembered
+    def slow(x):
+        calls.append(1)
+        time.sleep(0.05)
+        return x + 1
+
+    x = torch.ones(2)
+    with remembering(x):
+        first, *others = in_parallel(lambda _: slow(x), range(4), 4)
+    assert len(calls) == 1
+    assert all(other is first for other in others)
 
 
 def test_an_error_ends_the_scope(calls, double):
