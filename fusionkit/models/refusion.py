@@ -31,7 +31,7 @@ class GatedProjection(nn.Module):
         self.project = conv1x1(4 * dim, 2 * dim)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.project(self.value(x) * F.gelu(gate))
+        return self.project(F.gelu(gate) * self.value(x))
 
 
 class CrossAttention(nn.Module):
@@ -44,8 +44,7 @@ class CrossAttention(nn.Module):
         self.project_a, self.project_b = conv1x1(dim, dim), conv1x1(dim, dim)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        qa, ka, va = self.qkv_a(a).chunk(3, dim=1)
-        qb, kb, vb = self.qkv_b(b).chunk(3, dim=1)
+        (qa, ka, va), (qb, kb, vb) = self.qkv_a(a), self.qkv_b(b)
         return (
             a + self.attend_a(qb, ka, va, self.project_a),
             b + self.attend_b(qa, kb, vb, self.project_b),

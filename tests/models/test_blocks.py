@@ -108,11 +108,22 @@ def test_feed_forward_gates_with_the_first_half():
     hidden = F.conv2d(hidden, layer.depthwise.weight, padding=1, groups=16)
     gate, value = hidden[:, :8], hidden[:, 8:]
     gelu = 0.5 * gate * (1 + torch.erf(gate / 2**0.5))
-    torch.testing.assert_close(layer(x), F.conv2d(gelu * value, layer.project.weight))
+    expected = F.conv2d(gelu * value, layer.project.weight)
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():  # computed half by half
+        torch.testing.assert_close(layer(x), expected)
 
 
 def test_no_convolution_has_a_bias():
     convolutions = [m for m in RestormerBlock(8, 2).modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == 6
     assert all(c.bias is None for c in convolutions)
-    assert ProjectedQKV(8)(torch.randn(1, 8, 4, 4)).shape == (1, 24, 4, 4)
+
+
+def test_queries_keys_and_values_are_thirds_of_the_channels():
+    layer, x = ProjectedQKV(4), torch.randn(1, 4, 5, 6)
+    expected = layer[1](layer[0](x)).chunk(3, dim=1)
+    with torch.no_grad():
+        alone = layer(x)  # computed part by part
+    for found in (layer(x), alone):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
