@@ -168,6 +168,8 @@ def counted(function: Callable[[], object]) -> Counts:
     """
     # Which torch's counter does not know.
     extra = {torch.ops.aten.mkldnn_convolution: _convolution_flops}
+    if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        extra[torch.ops.mkldnn._convolution_pointwise] = _convolution_flops
     with FlopCounterMode(display=False, custom_mapping=extra) as counter:
         moved = bytes_moved(function)
     flops = counter.get_flop_counts()["Global"]
@@ -177,11 +179,12 @@ def counted(function: Callable[[], object]) -> Counts:
 
 def _convolution_flops(
     x: tuple[int, ...],
-    weight: tuple[int, ...],
-    *_: object,
+    *others: object,
     out_shape: tuple[int, ...],
     **__: object,
 ) -> int:
+    # (weight, bias, ...), or where something is done to the result (factor, weight, bias, ...)
+    weight = others[0] if others[1] is None or len(others[1]) < 4 else others[1]
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 

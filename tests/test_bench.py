@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fusionkit import bench
+from fusionkit.models import onednn
 
 
 def test_the_warm_up_is_not_measured_and_the_median_is_taken(monkeypatch):
@@ -82,6 +83,21 @@ def test_a_depth_wise_convolution_counts_one_channel_each():
     with torch.inference_mode():
         found = bench.counted(lambda: F.conv2d(x, weight, padding=1, groups=6))
     assert found.flops == 2 * 9 * 6 * 100
+
+
+def test_a_convolution_counts_the_same_with_what_follows_it_fused(monkeypatch):
+    x, weight = torch.rand(1, 6, 10, 10), torch.rand(6, 1, 3, 3)
+
+    def gated() -> torch.Tensor:
+        return onednn.depthwise_times(x, weight, onednn.depthwise_gelu(x, weight))
+
+    onednn._fuses()  # asks torch with a small picture, once
+    with torch.inference_mode():
+        fused = bench.counted(gated)
+        monkeypatch.setattr(onednn, "_fuses", lambda: False)
+        plain = bench.counted(gated)
+    assert fused.flops == plain.flops == 2 * 2 * 9 * 6 * 100
+    assert fused.bytes <= plain.bytes
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

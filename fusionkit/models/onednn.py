@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +44,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
+def depthwise_gelu(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """GELU of the depth-wise convolution of (B, C, H, W) with (C, 1, 3, 3), zero-padded."""
+    if _takes(x) and _fuses():
+        return _fused_gelu(x, taps)
+    return F.gelu(_depthwise(x, taps))
+
+
+def depthwise_times(x: torch.Tensor, taps: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The depth-wise convolution of (B, C, H, W) with (C, 1, 3, 3), zero-padded, times `factor`."""
+    if _takes(x) and _fuses():
+        return _fused_times(x, taps, factor)
+    return _depthwise(x, taps) * factor
+
+
 def with_onednn(module: nn.Module) -> nn.Module:
     """`module` with `Linear` for every linear layer in it; weights and keys are the same."""
     for name, child in module.named_children():
@@ -57,6 +73,36 @@ def with_onednn(module: nn.Module) -> nn.Module:
 
 def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
+
+
+def _depthwise(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, taps, padding=1, groups=len(taps))
+
+
+# Convolutions that do one thing more with each result before they write it. What torch's compiler
+# calls; the names are not public, so `_fuses` asks once whether this version has them.
+_GEOMETRY = (1, 1), (1, 1), (1, 1)  # padding, stride, dilation
+
+
+def _fused_gelu(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    fused = torch.ops.mkldnn._convolution_pointwise
+    return fused(x, taps, None, *_GEOMETRY, len(taps), "gelu", [], "none")
+
+
+def _fused_times(x: torch.Tensor, taps: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    fused = torch.ops.mkldnn._convolution_pointwise.binary
+    return fused(x, factor, taps, None, *_GEOMETRY, len(taps), "mul", None, None, [], None)
+
+
+@cache
+def _fuses() -> bool:
+    x, taps = torch.linspace(-1, 1, 18).view(1, 2, 3, 3), torch.linspace(1, 2, 18).view(2, 1, 3, 3)
+    try:
+        found = _fused_times(x, taps, _fused_gelu(x, taps))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    plain = _depthwise(x, taps)
+    return torch.allclose(found, plain * F.gelu(plain), atol=1e-5)
 
 
 def _takes(x: torch.Tensor) -> bool:

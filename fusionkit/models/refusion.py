@@ -6,6 +6,8 @@ Meta-Learning, IJCV 2024. TDFusion (CVPR 2025) fuses with the same F.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,15 +17,17 @@ from fusionkit.models.blocks import (
     ProjectedQKV,
     conv1x1,
     conv3x3,
+    parts_pay,
     restormer_stage,
 )
+from fusionkit.models.onednn import depthwise_gelu, depthwise_times, pointwise
 from fusionkit.models.streaming import Walk
 
 FULL_PRECISION_PIXELS = 2**24  # a picture's features take 2 GiB of float32 there
 
 
 class GatedProjection(nn.Module):
-    """One source's share of the gated refinement: value × GELU(gate), projected to 2·dim."""
+    """One source's share of the gated refinement: value × gate, projected to 2·dim."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -31,7 +35,8 @@ class GatedProjection(nn.Module):
         self.project = conv1x1(4 * dim, 2 * dim)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.project(F.gelu(gate) * self.value(x))
+        expand, depthwise = self.value
+        return self.project(depthwise_times(expand(x), depthwise.weight, gate))
 
 
 class CrossAttention(nn.Module):
@@ -94,8 +99,15 @@ class AdaptiveFusion(nn.Module):
         joint = torch.cat([a, b], dim=1)
         if self.gate is None:
             return joint
-        gate_a, gate_b = self.gate(joint).chunk(2, dim=1)
+        gate_a, gate_b = self._gates(joint)
         return joint + self.refine_a(a, gate_a) + self.refine_b(b, gate_b)
+
+    def _gates(self, joint: torch.Tensor) -> Sequence[torch.Tensor]:
+        """GELU of each source's half of the gate's channels."""
+        if not parts_pay(joint):
+            return F.gelu(self.gate(joint)).chunk(2, dim=1)
+        weights, taps = (layer.weight.chunk(2) for layer in self.gate)
+        return [depthwise_gelu(pointwise(joint, w), t) for w, t in zip(weights, taps, strict=True)]
 
 
 class PictureHead(nn.Sequential):

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fusionkit.models.onednn import Linear, linear, pointwise, with_onednn
+from fusionkit.models import onednn
+from fusionkit.models.onednn import (
+    Linear,
+    depthwise_gelu,
+    depthwise_times,
+    linear,
+    pointwise,
+    with_onednn,
+)
 
 
 @pytest.fixture
@@ -48,6 +56,36 @@ def test_pointwise_is_torchs(taken):
         torch.set_num_threads(threads)
     torch.testing.assert_close(found, nn.functional.conv2d(x, weight))
     assert taken == [x.shape]
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_depthwise_with_what_follows(fuses, memory_format, monkeypatch):
+    if fuses and not onednn._fuses():
+        pytest.skip("this torch has no such convolutions")
+    monkeypatch.setattr(onednn, "_fuses", lambda: fuses)
+    x, factor = (torch.randn(2, 6, 5, 7).to(memory_format=memory_format) for _ in range(2))
+    taps = torch.randn(6, 1, 3, 3)
+    plain = nn.functional.conv2d(x, taps, padding=1, groups=6)
+    with torch.no_grad():
+        opened, times = depthwise_gelu(x, taps), depthwise_times(x, taps, factor)
+        slices = depthwise_times(x[:, 1:4], taps[1:4], factor[:, 2:5])
+    torch.testing.assert_close(opened, nn.functional.gelu(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(times, plain * factor, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slices, plain[:, 1:4] * factor[:, 2:5], rtol=1e-5, atol=1e-5)
+
+
+def test_fused_convolutions_leave_gradients_alone():
+    x, taps = torch.rand(1, 2, 4, 4, dtype=torch.double), torch.rand(2, 1, 3, 3, dtype=torch.double)
+    factor = torch.rand_like(x).requires_grad_()
+    inputs = x.requires_grad_(), taps.requires_grad_()
+    assert torch.autograd.gradcheck(depthwise_gelu, inputs)
+    assert torch.autograd.gradcheck(depthwise_times, (*inputs, factor))
+
+
+def test_a_torch_without_fused_convolutions_has_none(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", lambda *x: x[0], raising=False)
+    assert not onednn._fuses.__wrapped__()
 
 
 def test_gradients_double_precision_and_autocast_are_left_to_torch(taken):
