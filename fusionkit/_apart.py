@@ -33,8 +33,9 @@ def load_callable(target: str) -> Callable:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise FileNotFoundError(f"{place}: no such file")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
+        # By its path, which hides no other module; what dataclasses and pickle look up is there.
+        spec = importlib.util.spec_from_file_location(str(Path(place).resolve()), place)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
         try:
@@ -64,7 +65,7 @@ def main(target: str, folder: str) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         output = function(*inputs)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # not for functions that leave the GPU alone
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         print(json.dumps({"seconds": seconds, "peak": peak_resident()}), file=answers)

@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
 
     Other C libraries are left alone, and so is glibc if the environment says so: by
     `FUSIONKIT_KEEP_MEMORY=0`, or by thresholds of its own (`MALLOC_MMAP_THRESHOLD_`,
-    `GLIBC_TUNABLES`).
+    `GLIBC_TUNABLES`). Old versions of glibc refuse thresholds above 32 MiB, and stay as they are.
     """
     own = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     if own or os.environ.get("FUSIONKIT_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":

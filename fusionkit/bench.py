@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusionkit
 from fusionkit.images import write_atomically
+from fusionkit.kernels._dispatch import references
 from fusionkit.kernels.traffic import bytes_moved
 
 
@@ -85,12 +86,13 @@ def seconds_of(function: Callable[[], object], device: str | torch.device = "cpu
         began = time.perf_counter()
         function()
         return time.perf_counter() - began
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):  # whose stream the events are of
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / 1000
 
 
@@ -164,15 +166,16 @@ def counted(function: Callable[[], object]) -> Counts:
     """Count what `function()` does.
 
     FLOPs are those of convolutions and matrix products (attention's among them), a multiplication
-    and an addition as two; all else is little beside them in FLOPs, if not in bytes.
+    and an addition as two; all else is little beside them in FLOPs, if not in bytes. Where a Triton
+    kernel would run, which no counter sees into, its reference does.
     """
     # Which torch's counter does not know.
     extra = {torch.ops.aten.mkldnn_convolution: _convolution_flops}
     if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         extra[torch.ops.mkldnn._convolution_pointwise] = _convolution_flops
-    with FlopCounterMode(display=False, custom_mapping=extra) as counter:
+    with references(), FlopCounterMode(display=False, custom_mapping=extra) as counter:
         moved = bytes_moved(function)
-    flops = counter.get_flop_counts()["Global"]
+    flops = counter.get_flop_counts().get("Global", {})
     convolved = sum(n for op, n in flops.items() if "convolution" in str(op))
     return Counts(sum(flops.values()), sum(flops.values()) - convolved, moved)
 
@@ -217,7 +220,7 @@ def write_table(
     content = _read(path) if path.exists() else {"machine": facts, "tables": {}}
     if content["machine"] != facts:
         raise ValueError(f"{path}: measured on {content['machine']}, expected {facts}")
-    rows = json.loads(table.to_json(orient="records"))
+    rows = json.loads(table.to_json(orient="records", double_precision=15))
     measured_with = table.attrs.get("version") or version()
     content["tables"][name] = {"version": measured_with, "rows": rows}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -134,7 +134,7 @@ def fuse_folders(
         def finish(stem: str, work: Future) -> None:
             try:
                 results[stem] = work.result()
-            except (ValueError, OSError) as error:
+            except Exception as error:  # out of memory, too: a smaller pair may pass
                 results[stem] = error
                 bar.write(f"{stem}: {error}")
             bar.update()
@@ -155,7 +155,7 @@ def fuse_folders(
                     del work
                     luma = _fuse_luminance(network, pair, stretch, tile, precision)
                     work = writer.submit(save, luma, pair.chroma, stem)
-                except (ValueError, OSError) as error:
+                except Exception as error:
                     work = Future()
                     work.set_exception(error)
             written.append((stem, work))
@@ -208,7 +208,7 @@ class _Pair(NamedTuple):
     chroma: torch.Tensor | None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors are of no use in training
 def _load(a: ImageLike, b: ImageLike, color: str) -> _Pair:
     image_a, image_b = to_tensor(a, _name(a, "a")), to_tensor(b, _name(b, "b"))
     if image_a.shape[-2:] != image_b.shape[-2:]:
@@ -225,7 +225,7 @@ def _load(a: ImageLike, b: ImageLike, color: str) -> _Pair:
     return _Pair(luminance(image_a)[None], luminance(image_b)[None], mixed)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _fuse_luminance(
     network: nn.Module, pair: _Pair, stretch: bool, tile: int | None, precision: str
 ) -> torch.Tensor:
@@ -241,12 +241,14 @@ def _fuse_luminance(
     return (stretch_to_range(fused) if stretch else fused)[0].clamp(0, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _colored(fused: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
     return fused if mixed is None else to_rgb(fused, mixed)
 
 
 def _run(network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int | None) -> torch.Tensor:
+    if tile is not None and tile < 0:
+        raise ValueError(f"tile {tile}; expected a side in pixels, or 0 for the whole picture")
     streams = hasattr(network, "stream")
     if tile is None:
         on_cpu = a.device.type == "cpu"

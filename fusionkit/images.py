@@ -60,7 +60,13 @@ def _decode(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             picture.load()  # a truncated file fails here, not in the middle of a batch
             return _pil_to_array(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{path}: not a readable picture ({error})") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -61,7 +61,7 @@ class Leaderboard:
 
 def leaderboard(
     methods: Mapping[str, Method],
-    pairs: Dataset | Iterable[dict],
+    pairs: Dataset | Sequence[dict],
     metrics: Metrics | None = None,
     *,
     task: str = "ivif",
@@ -89,8 +89,8 @@ def leaderboard(
         workers: pictures measured side by side; by default one a CPU.
 
     Raises:
-        ValueError: no pair, an unknown metric or model, a method with a baseline's name, a
-            picture of another size.
+        ValueError: no pair, or two of one name; an unknown metric or model; a method with a
+            baseline's name; a picture of another size.
         FileNotFoundError: a folder lacks pictures; all that are missing are named.
     """
     if taken := set(methods) & set(BASELINES) if baselines else ():
@@ -100,8 +100,12 @@ def leaderboard(
     if not len(pairs):
         raise ValueError("no pair to measure")
     chosen = choose(metrics)
-    lock = Lock()  # Networks that stream hang hooks on themselves: one picture at a time.
+    # One network and picture at a time: `fuse` switches it to evaluation and back, and maps are
+    # large.
+    lock = Lock()
     names = [pairs[i]["name"] for i in range(len(pairs))]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several pairs are named {twice[0]!r}; expected a name for each")
     fusers = {
         name: _fuser(name, method, names, task, name in stretch, device, lock)
         for name, method in methods.items()

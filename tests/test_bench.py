@@ -78,6 +78,11 @@ def test_work_is_counted_by_hand():
     assert found == (2 * 10 * 10 * 20, 2 * 10 * 10 * 20, 4 * (200 + 200 + 100 + 100 + 100))
 
 
+def test_what_has_no_product_has_no_flops():
+    x = torch.rand(6)
+    assert bench.counted(lambda: x + 1) == (0, 0, 48)
+
+
 def test_a_depth_wise_convolution_counts_one_channel_each():
     x, weight = torch.rand(1, 6, 10, 10), torch.rand(6, 1, 3, 3)
     with torch.inference_mode():

@@ -374,11 +374,12 @@ def test_reading_and_writing_overlap_with_the_network(folders, network, monkeypa
         assert torch.equal(to_tensor(path), to_tensor(save_image(alone, path.with_name("x.png"))))
 
 
-def test_a_network_that_fails_on_a_pair_names_it(folders):
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_network_that_fails_on_a_pair_names_it(folders, error):
     class Choosy(Weighted):
         def forward(self, a, b):
             if a.shape[-1] == 20:
-                raise ValueError("sides of 20 are not for me")
+                raise error("sides of 20 are not for me")
             return super().forward(a, b)
 
     for folder in folders[:2]:
@@ -426,3 +427,18 @@ def test_bf16_is_near_float32_and_comes_back_as_float32(model):
 def test_unknown_precision():
     with pytest.raises(ValueError, match="unknown precision 'fp8'; expected one of float32, bf16"):
         fuse(*torch.rand(2, 1, 16, 16), precision="fp8")
+
+
+def test_a_fused_picture_may_be_used_in_training():
+    a, b = levels(16, 16), levels(16, 16, 3)
+    weight = torch.ones(1, requires_grad=True)
+    for color in ("auto", "gray"):
+        target = fuse(a, b, model=Weighted(), color=color)
+        assert not target.requires_grad
+        ((weight - target) * target).sum().backward()  # keeps it for the way back
+    assert weight.grad.isfinite().all()
+
+
+def test_a_tile_below_zero_is_refused():
+    with pytest.raises(ValueError, match="tile -1; expected"):
+        fuse(levels(16, 16), levels(16, 16), model=Weighted(), tile=-1)

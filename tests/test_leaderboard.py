@@ -110,6 +110,8 @@ def test_what_is_wrong_is_named(pairs, tmp_path):
         leaderboard({"average": Pick()}, pairs, METRICS, progress=False)
     with pytest.raises(ValueError, match=r"stretch names.*'pik'"):
         leaderboard({"pick": Pick()}, pairs, METRICS, stretch=["pik"], progress=False)
+    with pytest.raises(ValueError, match="several pairs are named 'first'"):
+        leaderboard({"pick": Pick()}, [*pairs, pairs[0]], METRICS, progress=False)
     with pytest.raises(ValueError, match="no pair"):
         leaderboard({"pick": Pick()}, [], METRICS, progress=False)
     wrong = {"wide": lambda a, b: torch.zeros(1, 1, 24, 30)}

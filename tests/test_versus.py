@@ -91,6 +91,19 @@ def test_a_folder_is_where_modules_are_found_first(tmp_path):
     assert row["speedup"] == pytest.approx(row["other"] / row["ours"])
 
 
+def test_a_file_is_a_module_as_any_other(tmp_path):
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+    source += (
+        "class Half:\n    weight: float = 0.5\ndef f(a, b):\n    return Half().weight * (a + b)"
+    )
+    (tmp_path / "torch.py").write_text(source)  # nor does it take another's place
+    row = compare(f"{tmp_path / 'torch.py'}:f", average, pictures(), repeats=1)
+    assert row["difference"] == 0
+    import torch as still
+
+    assert still is torch
+
+
 def test_a_failure_apart_says_why(theirs):
     with pytest.raises(RuntimeError, match=r"(?s)broken failed: .*no such kernel"):
         compare(f"{theirs}:broken", average, pictures(), folder=theirs.parent, repeats=1)

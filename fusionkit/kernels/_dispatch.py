@@ -9,13 +9,28 @@ the reference's, which has derivatives of every order: see `recorded_gradients`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
 from torch.autograd import forward_ad
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_compiling = Lock()
+_only_references = False
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Within, in all threads, the references run on a GPU as well: their work can be counted."""
+    global _only_references
+    before, _only_references = _only_references, True
+    try:
+        yield
+    finally:
+        _only_references = before
 
 
 @cache
@@ -31,7 +46,8 @@ def twin_takes(*tensors: torch.Tensor, types: Sequence[torch.dtype] = TYPES) -> 
     """
     first = tensors[0]
     return (
-        all(x.is_cuda and x.device == first.device and x.dtype == first.dtype for x in tensors)
+        not _only_references
+        and all(x.is_cuda and x.device == first.device and x.dtype == first.dtype for x in tensors)
         and first.dtype in types
         and first.numel() > 0
         and installed()
@@ -78,13 +94,14 @@ def compiled(module: dict) -> None:
     Their `tl` becomes `triton.language`. Triton is imported here and nowhere else, so a machine
     without it, or without a GPU, never misses it.
     """
-    if module["tl"] is None:
-        import triton
+    with _compiling:
+        if module["tl"] is None:
+            import triton
 
-        for name, value in list(module.items()):
-            if getattr(value, "is_twin", False):
-                value.__globals__["tl"] = triton.language
-                module[name] = triton.jit(value)
+            for name, value in list(module.items()):
+                if getattr(value, "is_twin", False):
+                    value.__globals__["tl"] = triton.language
+                    module[name] = triton.jit(value)
 
 
 def recorded_gradients(

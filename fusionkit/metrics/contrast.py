@@ -96,11 +96,12 @@ def _sensitivity(
     csf: Callable[[torch.Tensor], torch.Tensor], height: int, width: int, device: torch.device
 ) -> torch.Tensor:
     """A CSF on the frequencies of `rfft2`, (height, width // 2 + 1)."""
-    y, x = (
-        frequencies(size, 1 / size, dtype=torch.float64, device=device)
-        for frequencies, size in ((torch.fft.fftfreq, height), (torch.fft.rfftfreq, width))
-    )
-    return csf(torch.hypot(y[:, None], x))
+    with torch.inference_mode(False):  # it is kept, and what comes later may need gradients
+        y, x = (
+            frequencies(size, 1 / size, dtype=torch.float64, device=device)
+            for frequencies, size in ((torch.fft.fftfreq, height), (torch.fft.rfftfreq, width))
+        )
+        return csf(torch.hypot(y[:, None], x))
 
 
 def _difference_of_gaussians(cycles: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,7 @@ def _eight_bit(image: torch.Tensor) -> torch.Tensor:
 
 def _triples(a, b, fused) -> dict[str | int, Callable[[], list[torch.Tensor]]]:
     """What loads a, b and fused of each picture, by its name."""
+    roles = {"a": a, "b": b, "fused": fused}
     if isinstance(fused, str | os.PathLike) and Path(fused).is_dir():
         folders = [(folder, list_images(folder)) for folder in (a, b, fused)]
         stems = list(folders[-1][1])
@@ -181,8 +182,13 @@ def _triples(a, b, fused) -> dict[str | int, Callable[[], list[torch.Tensor]]]:
         if len(set(lengths)) > 1:
             raise ValueError(f"batches of {lengths} pictures; expected as many of each")
         return {
-            i: lambda i=i: [to_tensor(x[i], f"picture {i}") for x in (a, b, fused)]
+            i: lambda i=i: [to_tensor(x[i], f"picture {i} of {role}") for role, x in roles.items()]
             for i in range(len(a))
         }
     name = Path(fused).stem if isinstance(fused, str | os.PathLike) else 0
-    return {name: lambda: [to_tensor(x) for x in (a, b, fused)]}
+    return {
+        name: lambda: [
+            to_tensor(x, None if isinstance(x, str | os.PathLike) else role)
+            for role, x in roles.items()
+        ]
+    }

@@ -14,6 +14,7 @@ from threading import Lock
 
 import torch
 
+_TOO_LARGE = object()
 ROOM = 2**28  # bytes that a scope keeps; of pictures up to a megapixel, it is nearly everything
 
 
@@ -23,6 +24,20 @@ class _Scope:
         self.tensors: dict[int, torch.Tensor] = {}  # held, so that no id is given twice
         self.room = ROOM
         self.locks: dict[tuple, Lock] = {}  # threads share a scope, and wait for each other
+        self.lock = Lock()
+
+    def keep(self, key: tuple, result: object, least: int) -> None:
+        """Keep a result, if at least `least` bytes of room are left then."""
+        parts = result if isinstance(result, tuple) else (result,)
+        found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
+        size = sum(x.nbytes for x in found.values())
+        with self.lock:
+            if size > self.room - least:
+                self.results[key] = _TOO_LARGE
+            else:
+                self.room -= size
+                self.tensors.update(found)
+                self.results[key] = result
 
 
 _scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("scopes", default=())
@@ -64,15 +79,10 @@ def remembered(function: Callable, bulky: bool = False) -> Callable:
         with scope.locks.setdefault(key, Lock()):
             if key not in scope.results:
                 result = function(*args)
-                parts = result if isinstance(result, tuple) else (result,)
-                found = {id(x): x for x in parts if isinstance(x, torch.Tensor)}
-                size = sum(x.nbytes for x in found.values())
-                if size > scope.room - (ROOM // 2 if bulky else 0):
-                    return result
-                scope.room -= size
-                scope.tensors.update(found)
-                scope.results[key] = result
-            return scope.results[key]
+                scope.keep(key, result, ROOM // 2 if bulky else 0)
+                return result
+        result = scope.results[key]
+        return function(*args) if result is _TOO_LARGE else result
 
     return once
 

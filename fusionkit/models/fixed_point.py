@@ -82,10 +82,12 @@ def solve(
             raise ValueError(f"{name} {number}; expected 1 or more")
     propose = SOLVERS[solver](min(memory, max_evaluations), mixing, regularisation)
     x = start.detach()
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # sums over a whole picture need full precision
     best, smallest = x, torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
     residuals = []
     for _ in range(max_evaluations):
-        value = H(x).detach()
+        value = H(x.to(start.dtype)).detach().to(x.dtype)
         residual = _norm(value - x)
         if relative:
             residual = residual / _norm(value).clamp_min(torch.finfo(value.dtype).tiny)
@@ -98,12 +100,11 @@ def solve(
         usable = residual.isfinite()
         if not usable.all():  # go on from the best state, as if it were the solution
             x, value = _where(usable, x, best), _where(usable, value, best)
-        # Sums over a whole picture need full precision.
         with torch.autocast(x.device.type, enabled=False):
             x = propose(x, value)
     residuals = torch.stack(residuals)
     _warn_of_divergence(residuals, smallest, tolerance, converged)
-    return FixedPoint(best, residuals, len(residuals), converged)
+    return FixedPoint(best.to(start.dtype), residuals, len(residuals), converged)
 
 
 def fixed_point(

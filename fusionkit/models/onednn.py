@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 def pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) with weights (D, C, 1, 1) -> (B, D, H, W); no bias."""
     # With one thread torch gives these to im2col, a third as fast as oneDNN.
-    if torch.get_num_threads() == 1 and _takes(x):
+    if torch.get_num_threads() == 1 and _takes(x, weight):
         return _convolution(x, weight, None)
     return F.conv2d(x, weight)
 
@@ -37,7 +37,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """(..., C) with weights (D, C) -> (..., D): `F.linear`."""
     # Torch gives these to MKL, which on processors of other makers than Intel is half as fast.
     # Tokens side by side are a picture of one row in the memory format channels_last.
-    if not _takes(x):
+    if not _takes(x, weight, *(() if bias is None else (bias,))):
         return F.linear(x, weight, bias)
     tokens = x.contiguous().view(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     out = _convolution(tokens, weight[:, :, None, None], bias)
@@ -46,14 +46,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def depthwise_gelu(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """GELU of the depth-wise convolution of (B, C, H, W) with (C, 1, 3, 3), zero-padded."""
-    if _takes(x) and _fuses():
+    if _takes(x, taps) and _fuses():
         return _fused_gelu(x, taps)
     return F.gelu(_depthwise(x, taps))
 
 
 def depthwise_times(x: torch.Tensor, taps: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The depth-wise convolution of (B, C, H, W) with (C, 1, 3, 3), zero-padded, times `factor`."""
-    if _takes(x) and _fuses():
+    if _takes(x, taps, factor) and _fuses():
         return _fused_times(x, taps, factor)
     return _depthwise(x, taps) * factor
 
@@ -105,7 +105,7 @@ def _fuses() -> bool:
     return torch.allclose(found, plain * F.gelu(plain), atol=1e-5)
 
 
-def _takes(x: torch.Tensor) -> bool:
+def _takes(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether x is float32 on a CPU with oneDNN, and nothing differentiates, casts or compiles."""
     return (
         x.device.type == "cpu"
@@ -115,5 +115,5 @@ def _takes(x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not transformed(x)
+        and not transformed(x, *others)
     )

@@ -52,9 +52,11 @@ class Anderson:
 def products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """Scalar products (N, D), (D,) -> (N,), summed in parts.
 
-    A single sum over the 10⁷ numbers of a picture's features loses four digits in float32, and
+    A single product over the 10⁷ numbers of a picture's features loses four digits in float32, and
     Anderson's weights move the picture by 10⁻³ for that. Not batched: that is slow on a CPU.
     """
+    if rows.device.type != "cpu":
+        return (rows * vector).sum(dim=1)
     parts = zip(rows.split(SUMMED_AT_ONCE, dim=1), vector.split(SUMMED_AT_ONCE), strict=True)
     return torch.stack([torch.mv(*part) for part in parts]).sum(dim=0)
 
@@ -63,9 +65,11 @@ def mixing_weights(gram: torch.Tensor, regularisation: float) -> torch.Tensor:
     """α = (G + λE)⁻¹ 1, scaled to sum 1: (B, n, n) -> (B, n).
 
     λ never lies below the rounding error of G, and grows until G + λE has a Cholesky factor: equal
-    or vanishing residuals stop nothing.
+    or vanishing residuals stop nothing. Equal weights for a G with NaN or infinity.
     """
     exact = gram.cpu().double()  # tiny, and not every device has doubles or a fast solver
+    sound = exact.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    exact = torch.where(sound, exact, torch.eye(gram.shape[-1], dtype=exact.dtype))
     scale = exact.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     ridge = (torch.finfo(gram.dtype).eps * scale).clamp_min(max(regularisation, 1e-30))
     identity = torch.eye(gram.shape[-1], dtype=exact.dtype)

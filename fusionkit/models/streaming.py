@@ -32,9 +32,14 @@ class Walk:
 
     Args:
         tile: side of the tiles, without their halo.
+
+    Raises:
+        ValueError: the tile is smaller than one pixel.
     """
 
     def __init__(self, height: int, width: int, tile: int) -> None:
+        if tile < 1:
+            raise ValueError(f"tile {tile}; expected 1 pixel or more")
         self.height, self.width, self.tile = height, width, tile
 
     def rows(self, halo: int) -> Iterator[list[Tile]]:
@@ -55,7 +60,8 @@ class Walk:
             (inner, _), (outer, _), _ = row[0]
             # What is above was overwritten, so the last rows before that were put by.
             strip = torch.cat([above, features[..., inner.start : outer.stop, :]], dim=-2)
-            above = features[..., max(0, inner.stop - halo) : inner.stop, :].clone()
+            last = slice(max(0, inner.stop - halo) - outer.start, inner.stop - outer.start)
+            above = strip[..., last, :].clone()
             for tile in row:
                 result = function(strip[..., tile.outer[1]].to(torch.float32))
                 features[..., *tile.inner] = result[..., *tile.core].to(features.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
 
-from fusionkit.kernels import maximum_loss, ssim
+from fusionkit.kernels import _dispatch, maximum_loss, ssim
 from fusionkit.kernels._dispatch import transformed, twin_takes
 from fusionkit.methods.gradient_transfer import GradientTransferMethod
 from tests.kernels.cases import pictures, run_apart
@@ -25,6 +25,18 @@ def test_only_a_gpu_takes_twins():
         assert twin_takes(torch.ones(2, device="cuda"))
         assert not twin_takes(torch.ones(2, device="cuda", dtype=torch.float64))
         assert not twin_takes(torch.ones(2, device="cuda"), torch.ones(2))
+
+
+def test_references_can_be_asked_for(monkeypatch):
+    class OnAGPU:
+        is_cuda, device, dtype, numel = True, "cuda:0", torch.float32, staticmethod(lambda: 1)
+
+    monkeypatch.setattr(_dispatch, "installed", lambda: True)
+    monkeypatch.setattr(_dispatch, "transformed", lambda *x: False)
+    assert _dispatch.twin_takes(OnAGPU())
+    with _dispatch.references():
+        assert not _dispatch.twin_takes(OnAGPU())
+    assert _dispatch.twin_takes(OnAGPU())
 
 
 def test_transforms_are_seen():

@@ -10,7 +10,7 @@ import torch
 from fusionkit.metrics import contrast as module
 from fusionkit.metrics.contrast import qcb, qcv
 
-from .reference import pictures, solid_rows, triple
+from .reference import pictures, related, solid_rows, triple
 
 METRICS = {"qcb": qcb, "qcv": qcv}
 every_metric = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
@@ -87,3 +87,13 @@ def test_sensitivities_are_kept_for_few_sizes():
     for size in range(20, 40):
         qcb(*triple(1, (size, size)))
     assert module._sensitivity.cache_info().currsize <= 8
+
+
+@pytest.mark.parametrize("metric", [qcb, qcv])
+def test_gradients_after_inference_mode(metric):
+    a, b, fused = related(1, size=(40, 44))
+    with torch.inference_mode():
+        metric(a, b, fused)
+    fused = fused.clone().requires_grad_()
+    metric(a, b, fused).sum().backward()
+    assert fused.grad.isfinite().all()

@@ -150,8 +150,11 @@ def test_nan_in_a_picture_is_refused():
     for place in range(3):
         broken = [x.clone() for x in (a, b, fused)]
         broken[place][0, 0, 2, 3] = float("nan")
-        with pytest.raises(ValueError, match="NaN"):
+        role = ("a", "b", "fused")[place]
+        with pytest.raises(ValueError, match=f"^picture 0 of {role}: .*NaN"):
             fk.evaluate(*broken)
+        with pytest.raises(ValueError, match=f"^{role}: .*NaN"):
+            fk.evaluate(*(x[0] for x in broken))
 
 
 def test_summary_has_intervals_that_narrow_with_more_pictures():

@@ -105,6 +105,25 @@ def test_threads_side_by_side_wait_for_the_one_that_computes(calls):
     assert all(other is first for other in others)
 
 
+def test_threads_do_not_wait_for_what_is_too_large_to_keep(monkeypatch):
+    meet = threading.Barrier(3, timeout=10)
+
+    @remembered
+    def large(x):
+        if meet_all:
+            meet.wait()  # would break if they came one after another
+        return x + 1
+
+    x = torch.ones(2)
+    monkeypatch.setattr(remember, "ROOM", 0)
+    with remembering(x):
+        meet_all = False
+        large(x)
+        meet_all = True
+        for found in in_parallel(lambda _: large(x), range(3), 3):
+            assert torch.equal(found, x + 1)
+
+
 def test_an_error_ends_the_scope(calls, double):
     x = torch.ones(2)
     with pytest.raises(ZeroDivisionError), remembering(x):

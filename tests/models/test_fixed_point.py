@@ -418,3 +418,24 @@ def test_divergence_under_gradients_gives_a_finite_picture(backward):
             lambda x: factor * x, torch.ones(1, 3), backward=backward, max_evaluations=5
         )
     assert found.value.isfinite().all()
+
+
+@pytest.mark.parametrize("gram", [[[torch.nan]], [[torch.inf, 1.0], [1.0, torch.inf]]])
+def test_weights_of_a_gram_matrix_that_is_not_finite_are_equal(gram):
+    sound = torch.eye(len(gram)) * torch.tensor([1.0, 3.0])[: len(gram)]
+    weights = mixing_weights(torch.stack([torch.tensor(gram), sound]), 0.0)
+    torch.testing.assert_close(weights[0], torch.full((len(gram),), 1 / len(gram)))
+    torch.testing.assert_close(weights[1], torch.tensor([0.75, 0.25] if len(gram) == 2 else [1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sixteen_bits_are_summed_in_thirty_two(solver, dtype):
+    # The squares of these residuals lie beyond float16.
+    start = torch.full((1, 100_000), 10.0, dtype=dtype)
+    found = solve(lambda x: 0.5 * x + 1, start, solver=solver, tolerance=1e-2)
+    assert found.value.dtype == dtype
+    assert found.residuals.dtype == torch.float32
+    torch.testing.assert_close(
+        found.value.float(), torch.full((1, 100_000), 2.0), rtol=1e-2, atol=0
+    )

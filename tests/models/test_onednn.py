@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fusionkit.models import onednn
 from fusionkit.models.onednn import (
@@ -113,3 +114,13 @@ def test_layers_are_exchanged_in_place_and_keep_their_weights():
     found = dict(plain.named_parameters())
     assert found.keys() == weights.keys()
     assert all(found[name] is weights[name] for name in weights)
+
+
+def test_forward_mode_is_left_to_torch():
+    x, factor = torch.rand(1, 2, 4, 4), torch.rand(1, 2, 4, 4)
+    taps, step = torch.rand(2, 1, 3, 3), torch.rand(1, 2, 4, 4)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(factor, step)
+        tangent = forward_ad.unpack_dual(depthwise_times(x, taps, dual)).tangent
+        plain = nn.functional.conv2d(x, taps, padding=1, groups=2)
+    torch.testing.assert_close(tangent, plain * step)

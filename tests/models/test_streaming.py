@@ -43,13 +43,29 @@ def test_every_form_of_the_network_streams(network):
     torch.testing.assert_close(network.stream(a, b, tile=16), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tile", [8, 13, 32, 100])
-@pytest.mark.parametrize("size", [(8, 8), (9, 61), (64, 33)])
+@pytest.mark.parametrize(
+    ("tile", "size"),
+    [
+        (8, (8, 8)),
+        (1, (8, 8)),
+        (2, (9, 12)),
+        (8, (9, 61)),
+        (13, (9, 61)),
+        (13, (64, 33)),
+        (32, (64, 33)),
+        (100, (9, 61)),
+    ],
+)
 def test_any_size_and_tile(network, tile, size):
     a, b = pair(*size)
     with torch.no_grad():
         expected = network(a, b)
     torch.testing.assert_close(network.stream(a, b, tile=tile), expected, rtol=0, atol=1e-5)
+
+
+def test_tiles_of_no_pixel_are_refused(network):
+    with pytest.raises(ValueError, match="tile 0; expected 1 pixel or more"):
+        network.stream(*pair(8, 8), tile=0)
 
 
 def test_tiles_alone_would_not_do(network):
