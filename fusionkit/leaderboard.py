@@ -155,8 +155,13 @@ def _fuser(name, method, names, task, stretch, device, lock) -> Callable:
 
 
 def _network_fuser(network: nn.Module, stretch: bool, lock: Lock) -> Callable:
+    # Metrics take memory beside it: on a CPU a network that streams goes in small tiles, with the
+    # same result.
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    tile = getattr(network, "cpu_tile", None) if on_cpu else None
+
     def fused(a: torch.Tensor, b: torch.Tensor, name: str) -> torch.Tensor:
         with lock:
-            return fuse(a, b, model=network, color="gray", stretch=stretch)
+            return fuse(a, b, model=network, color="gray", stretch=stretch, tile=tile)
 
     return fused

@@ -117,3 +117,17 @@ def test_what_is_wrong_is_named(pairs, tmp_path):
     wrong = {"wide": lambda a, b: torch.zeros(1, 1, 24, 30)}
     with pytest.raises(ValueError, match=r"wide first.*24×26, 24×26, 24×30"):
         leaderboard(wrong, pairs, METRICS, progress=False)
+
+
+def test_a_network_that_streams_goes_in_tiles_on_a_cpu(pairs):
+    class Streams(Pick):
+        cpu_tile = 16
+
+        def stream(self, a, b, tile):
+            tiles.append(tile)
+            return a
+
+    tiles = []
+    board = leaderboard({"streams": Streams()}, pairs, ["entropy"], baselines=False, progress=False)
+    assert tiles == [16] * len(pairs)
+    assert len(board.images) == len(pairs)
