@@ -1,5 +1,7 @@
 """Another implementation beside ours, in this process and apart."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,19 @@ def growing(a, b):
     return a
 
 constant = 3
+"""
+
+
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Half:
+    weight: float = 0.5
+
+def f(a, b):
+    return Half().weight * (a + b)
 """
 
 
@@ -92,16 +107,10 @@ def test_a_folder_is_where_modules_are_found_first(tmp_path):
 
 
 def test_a_file_is_a_module_as_any_other(tmp_path):
-    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
-    source += (
-        "class Half:\n    weight: float = 0.5\ndef f(a, b):\n    return Half().weight * (a + b)"
-    )
-    (tmp_path / "torch.py").write_text(source)  # nor does it take another's place
+    (tmp_path / "torch.py").write_text(DATACLASS)  # nor does it take another's place
     row = compare(f"{tmp_path / 'torch.py'}:f", average, pictures(), repeats=1)
     assert row["difference"] == 0
-    import torch as still
-
-    assert still is torch
+    assert sys.modules["torch"] is torch
 
 
 def test_a_failure_apart_says_why(theirs):

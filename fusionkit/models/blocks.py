@@ -82,17 +82,6 @@ def parts_pay(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-class ChannelStatistics(nn.Module):
-    """What attention over channels takes from the whole picture: q kᵀ, ‖q‖² and ‖k‖².
-
-    (B, C, H, W) twice -> (B, C, C), (B, C, 1), (B, C, 1). All three are sums over pixels, so
-    those of a large picture are the sums of its tiles' (`streaming`).
-    """
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return channel_statistics(q, k)
-
-
 class ChannelAttention(nn.Module):
     """Attention between channels: softmax(q̂ k̂ᵀ · temperature) v within each head.
 
@@ -111,7 +100,6 @@ class ChannelAttention(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.statistics = ChannelStatistics()
 
     def forward(
         self,
@@ -120,15 +108,18 @@ class ChannelAttention(nn.Module):
         v: torch.Tensor,
         project: nn.Conv2d | None = None,
     ) -> torch.Tensor:
-        return self.apply(self.statistics(q, k), v, project)
+        return self.with_statistics(channel_statistics(q, k), v, project)
 
-    def apply(
+    def with_statistics(
         self,
         statistics: tuple[torch.Tensor, ...],
         v: torch.Tensor,
         project: nn.Conv2d | None = None,
     ) -> torch.Tensor:
-        """`forward` with the statistics of q and k given."""
+        """`forward` with the `channel_statistics` of q and k given.
+
+        They are sums over pixels, so those of a large picture are the sums of its tiles'.
+        """
         matrix = self.matrix(*statistics)
         if project is not None:
             matrix = project.weight.flatten(1) @ matrix
@@ -213,10 +204,10 @@ class RestormerBlock(nn.Module):
         return [self.attention.qkv.queries_keys(self.norm1(x))]
 
     def finish(self, x: torch.Tensor, statistics: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        """`forward` with the `ChannelStatistics` of `queries_keys` given; depends on two more."""
+        """`forward` with the `channel_statistics` of `queries_keys` given; depends on two more."""
         attention = self.attention
         values = attention.qkv.values(self.norm1(x))
-        x = x + attention.attend.apply(statistics[0], values, attention.project)
+        x = x + attention.attend.with_statistics(statistics[0], values, attention.project)
         return x + self.feed_forward(self.norm2(x))
 
 

@@ -65,11 +65,11 @@ class CrossAttention(nn.Module):
     def finish(
         self, a: torch.Tensor, b: torch.Tensor, statistics: list[tuple[torch.Tensor, ...]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` with the `ChannelStatistics` of `queries_keys` given."""
+        """`forward` with the `channel_statistics` of `queries_keys` given."""
         va, vb = self.qkv_a.values(a), self.qkv_b.values(b)
         return (
-            a + self.attend_a.apply(statistics[0], va, self.project_a),
-            b + self.attend_b.apply(statistics[1], vb, self.project_b),
+            a + self.attend_a.with_statistics(statistics[0], va, self.project_a),
+            b + self.attend_b.with_statistics(statistics[1], vb, self.project_b),
         )
 
 

@@ -1,6 +1,6 @@
 """Networks with attention over channels on pictures of any size, exactly, in bounded memory.
 
-Such attention sees the whole picture, but only through a few sums (`blocks.ChannelStatistics`).
+Such attention sees the whole picture, but only through a few sums (`kernels.channel_statistics`).
 So a stage needs two walks over the tiles of a picture: the first adds up the sums, the second
 applies the stage with them. Only one map of features is held at full size, and each stage
 overwrites it; everything wider lives as long as a tile. Small tiles also stay in the processor's
@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusionkit.models.blocks import ChannelStatistics
-
-_STATISTICS = ChannelStatistics()
+from fusionkit.kernels.channel_statistics import channel_statistics
 
 
 class Tile(NamedTuple):
@@ -72,7 +70,7 @@ class Walk:
         Args:
             queries_keys: features -> what each of the stage's attentions compares, a list of pairs
                 (B, C, H, W); a pixel's depend on one more.
-            finish: features and the list of the pairs' `ChannelStatistics` -> the stage's result,
+            finish: features and the list of the pairs' `channel_statistics` -> the stage's result,
                 where a pixel's depends on two more.
         """
         sums: list[list[torch.Tensor]] = []
@@ -80,7 +78,7 @@ class Walk:
             pairs = queries_keys(features[..., *tile.outer].to(torch.float32))
             inner = [[z[..., *tile.core] for z in pair] for pair in pairs]
             # Added in double precision.
-            new = [[s.double() for s in _STATISTICS(*pair)] for pair in inner]
+            new = [[s.double() for s in channel_statistics(*pair)] for pair in inner]
             for i, found in enumerate(new):
                 if i == len(sums):
                     sums.append(found)

@@ -79,6 +79,15 @@ def test_one_network_for_all_tasks_has_one_file(tmp_path, monkeypatch):
     assert nearest.reduction == "nearest"
 
 
+@pytest.mark.parametrize(
+    "name", ["refusion", "caf", "frufn", "efrufn", "colornet", "tcmoa_tiny", "tcmoa_small"]
+)
+def test_no_part_of_a_model_hides_what_modules_have(name):
+    model, seen = create_model(name), []
+    model.apply(lambda module: seen.append(type(module)))
+    assert len(seen) == len(list(model.modules()))
+
+
 def test_create_model_passes_options():
     assert isinstance(create_model("refusion"), ReFusion)
     assert create_model("refusion", dim=4, heads=2, decision=True).decision
