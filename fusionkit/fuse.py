@@ -62,7 +62,7 @@ def fuse(
         tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion and CAF
             stream (see `models.streaming`): tiles give their result to rounding, and are the
             default beyond 640×512 pixels on a CPU. Other networks fuse overlapping tiles, by
-            default of 560 beyond 1280×1024 pixels.
+            default of 560 beyond 1280×1024 pixels (`tcmoa_large` on a CPU: 448).
         precision: "bf16" runs the network in mixed precision: for GPUs, and for CPUs that multiply
             bf16, where CAF takes half the time; values move by a few thousandths.
         device: by default a GPU if there is one; a network of yours stays where it is.
@@ -252,11 +252,12 @@ def _run(network: nn.Module, a: torch.Tensor, b: torch.Tensor, tile: int | None)
     streams = hasattr(network, "stream")
     if tile is None:
         on_cpu = a.device.type == "cpu"
-        tile = 0
-        if a.numel() > (WHOLE_PIXELS_CPU if streams and on_cpu else WHOLE_PIXELS):
-            tile = TILE
-            if streams:
-                tile = network.cpu_tile if on_cpu else STREAM_TILE_GPU
+        if on_cpu:
+            tile = getattr(network, "cpu_tile", TILE)
+        else:
+            tile = STREAM_TILE_GPU if streams else TILE
+        if a.numel() <= (WHOLE_PIXELS_CPU if streams and on_cpu else WHOLE_PIXELS):
+            tile = 0
     if not tile or max(a.shape[-2:]) <= tile:
         return network(a, b)
     if streams:

@@ -204,6 +204,10 @@ def test_tiles_only_where_asked_or_needed(monkeypatch):
     large = Weighted()
     fuse(a, a, model=large)
     assert set(large.seen) == {(64, 64)}
+    heavy = Weighted()
+    heavy.cpu_tile = 48
+    fuse(a, a, model=heavy)
+    assert set(heavy.seen) == {(48, 48)}
     uncut = Weighted()
     fuse(a, a, model=uncut, tile=0)
     assert uncut.seen == [(70, 90)]

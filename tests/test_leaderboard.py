@@ -131,3 +131,16 @@ def test_a_network_that_streams_goes_in_tiles_on_a_cpu(pairs):
     board = leaderboard({"streams": Streams()}, pairs, ["entropy"], baselines=False, progress=False)
     assert tiles == [16] * len(pairs)
     assert len(board.images) == len(pairs)
+
+
+def test_the_tiles_of_a_network_that_does_not_stream_are_for_large_pictures(pairs):
+    class Heavy(Pick):
+        cpu_tile = 16
+
+        def forward(self, a, b):
+            sizes.append(a.shape)
+            return super().forward(a, b)
+
+    sizes = []
+    leaderboard({"heavy": Heavy()}, pairs, ["entropy"], baselines=False, progress=False)
+    assert sizes == [(1, 1, *pair["a"].shape[-2:]) for pair in pairs]

@@ -18,6 +18,8 @@ from fusionkit.metrics.remember import remembered, remembering
 from fusionkit.names import check_name
 from fusionkit.parallel import in_parallel
 
+# Of the pictures of metrics that run side by side. Most take up to 120 bytes a pixel, `qp` 280.
+PIXELS_AT_ONCE = 2**23
 Metrics = str | Iterable[str | Callable] | Mapping[str, Callable]
 
 
@@ -43,7 +45,7 @@ def evaluate(
         metrics: see `choose`; by default `COMMON`, "all" for every metric.
         device: where to compute.
         workers: pictures that are loaded and measured side by side, or metrics of a single picture;
-            by default one a CPU.
+            by default one a CPU, and fewer metrics of a large picture.
         progress: show a bar over the pictures.
 
     Returns:
@@ -106,10 +108,16 @@ def measure(
     device: str | torch.device = "cpu",
     workers: int | None = 1,
 ) -> dict[str, float]:
-    """One picture's row: (C, H, W) each, gray at 8 bits; `name` is for warnings and errors."""
+    """One picture's row: (C, H, W) each, gray at 8 bits; `name` is for warnings and errors.
+
+    `workers` metrics at a time; None is one a CPU, as far as their maps fit in memory.
+    """
     sizes = ["×".join(map(str, x.shape[-2:])) for x in (a, b, fused)]
     if len(set(sizes)) > 1:
         raise ValueError(f"{name}: a, b and fused differ in size: {', '.join(sizes)}")
+    if workers is None:
+        pixels = max(1, fused.shape[-2] * fused.shape[-1])
+        workers = max(1, min(os.cpu_count() or 1, PIXELS_AT_ONCE // pixels))
     with remembering(a, b, fused):
         levels = [_gray(x, device) for x in (a, b, fused)]
 

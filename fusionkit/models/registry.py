@@ -11,8 +11,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fusionkit.images import write_atomically
 from fusionkit.models.caf import CAF
@@ -143,8 +144,9 @@ def create_model(
         model = entry.build(**options)
     else:
         state = read_state(Path(checkpoint))
-        model = entry.build(**{**release_options(name, state), **options})
-        _fill(model, name, state, Path(checkpoint))
+        with _Undrawn():
+            model = entry.build(**{**release_options(name, state), **options})
+        _fill(model, name, state, Path(checkpoint), assign=True)
     if compile:
         model.compile(dynamic=True)  # in place: the keys of the weights keep their names
     return model
@@ -182,14 +184,35 @@ def load_checkpoint(model: nn.Module, name: str, path: str | os.PathLike) -> nn.
     return _fill(model, name, read_state(path), path)
 
 
-def _fill(model: nn.Module, name: str, state: dict[str, torch.Tensor], path: Path) -> nn.Module:
+_DRAWS = (
+    *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_),
+    *(torch.Tensor.uniform_, torch.Tensor.normal_),
+)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Weights of networks built here are not drawn, so memory is theirs only once it is filled."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _fill(
+    model: nn.Module, name: str, state: dict[str, torch.Tensor], path: Path, assign: bool = False
+) -> nn.Module:
+    """Copy `state` into the model's weights, or let its tensors take their place (`assign`)."""
     try:
         state = to_ours(name, state)
     except ValueError as error:
         raise ValueError(f"{path}: not a checkpoint of {name}: {error}") from error
-    if complaint := mismatch(model.state_dict(), state):
+    expected = model.state_dict()
+    if complaint := mismatch(expected, state):
         raise ValueError(f"{path}: not a checkpoint of {name}: {complaint}")
-    model.load_state_dict(state)
+    if assign:
+        state = {key: value.detach().to(expected[key].dtype) for key, value in state.items()}
+    model.load_state_dict(state, assign=assign)
     return model
 
 
@@ -220,7 +243,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -239,6 +262,17 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise ValueError(f"{path}: expected a dictionary of tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    # Some tensors at a time: what has been read of a mapped file counts as memory until it closes.
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    state = {}
+    for start in range(0, len(keys), 16):
+        with safe_open(path, "pt") as file:
+            state |= {key: file.get_tensor(key).clone() for key in keys[start : start + 16]}
+    return state
 
 
 def save_weights(

@@ -85,6 +85,9 @@ class TCMoA(nn.Module):
             layer alone. The paper does not say where the sources meet in these; here the decoder
             gets the mean of their encoded tokens. They know neither tasks nor prompts.
 
+    Attributes:
+        cpu_tile: side of the tiles in which `fuse` cuts large pictures on a CPU.
+
     Raises:
         ValueError: an option is not one of those named.
     """
@@ -114,6 +117,8 @@ class TCMoA(nn.Module):
         self.transposed_positions = transposed_positions
         self.reduction = check_name(reduction, ("nearest", "area"), "reduction")
         self.tuning = check_name(tuning, TUNINGS, "tuning")
+        # In whole windows. So much fits in 3 GiB beside the weights of MAE ViT-large.
+        self.cpu_tile = 4 * MULTIPLE if width > 768 else 5 * MULTIPLE
         layer = {
             "tuning": tuning,
             "adapters": adapters,

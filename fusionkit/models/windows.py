@@ -16,6 +16,7 @@ from torch import nn
 from fusionkit.models.onednn import with_onednn
 
 WINDOW = 14
+WINDOWS_AT_ONCE = 16  # 3136 tokens; from here on, two CPU cores gain nothing by more
 
 
 class RelativePositionBias(nn.Module):
@@ -99,10 +100,19 @@ class WindowedBlocks(nn.Module):
                 x = x.roll((-shift, -shift), (1, 2))
             # Norms, MLP and residuals work token by token, so the whole block may see windows.
             bias = self.relative_position[i // 2]()
-            x = from_windows(self.blocks[i](to_windows(x), attn_mask=bias), rows, columns)
+            x = from_windows(_through(self.blocks[i], to_windows(x), bias), rows, columns)
             if shift:
                 x = x.roll((shift, shift), (1, 2))
         return x
+
+
+def _through(block: nn.Module, windows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`block(windows)`; on a CPU some windows at a time if nothing is kept for a gradient."""
+    # The MLP's hidden tokens are the largest of all tensors, and no faster to compute at once.
+    at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if at_once or windows.device.type != "cpu":
+        return block(windows, attn_mask=bias)
+    return torch.cat([block(group, attn_mask=bias) for group in windows.split(WINDOWS_AT_ONCE)])
 
 
 def sine_cosine_grid(width: int, side: int = 14) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Tables of metrics: for a pair, a batch, folders; and the authors' row on RoadScene."""
 
+import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -48,6 +50,27 @@ def test_a_batch_equals_its_pictures_one_by_one():
     for index in range(3):
         single = fk.evaluate(*(x[index] for x in batch))
         np.testing.assert_allclose(single.iloc[0], table.iloc[index], rtol=1e-12)
+
+
+def test_metrics_of_a_large_picture_are_taken_one_by_one(monkeypatch):
+    def meets(a, b, fused):
+        """Whether two of these metrics run at a time."""
+        try:
+            both.wait(timeout=wait)
+        except threading.BrokenBarrierError:
+            return torch.zeros(1)
+        return torch.ones(1)
+
+    pictures = [x[0] for x in random_pictures(1)]
+    metrics = {"one": meets, "two": meets}
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    both, wait = threading.Barrier(2), 60
+    assert fk.evaluate(*pictures, metrics=metrics).to_numpy().tolist() == [[1, 1]]
+    monkeypatch.setattr(
+        sys.modules["fusionkit.metrics.evaluate"], "PIXELS_AT_ONCE", 2 * 44 * 48 - 1
+    )
+    both, wait = threading.Barrier(2), 0.2
+    assert fk.evaluate(*pictures, metrics=metrics).to_numpy().tolist() == [[0, 0]]
 
 
 def test_gray_pictures_equal_three_equal_channels():

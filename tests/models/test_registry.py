@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import re
 
@@ -14,7 +15,18 @@ import torch
 from fusionkit.models import create_model, list_models, registry
 from fusionkit.models.refusion import ReFusion
 from fusionkit.models.registry import save_weights
+from fusionkit.versus import Apart
 
+LOADS = """
+import json
+import fusionkit
+from fusionkit._apart import peak_resident
+
+def growth(path, options):
+    before = peak_resident()
+    network = fusionkit.create_model("tcmoa_tiny", checkpoint=path, **json.loads(options))
+    return peak_resident() - before
+"""
 SMALL = {"dim": 4, "heads": 2, "blocks": 1}
 
 
@@ -148,6 +160,42 @@ def test_half_precision_is_for_the_file_alone(tmp_path, network):
     loaded = load(path)
     assert_same_weights(loaded, expected)
     assert all(value.dtype == torch.float32 for value in loaded.state_dict().values())
+
+
+def test_loading_keeps_what_a_network_is_built_with(tmp_path):
+    built = create_model("tcmoa_tiny")
+    path = save_weights(built, tmp_path / "x.safetensors")
+    torch.manual_seed(7)
+    loaded = create_model("tcmoa_tiny", checkpoint=path)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    torch.testing.assert_close(drawn, torch.rand(1))  # weights that are read need not be drawn
+    assert_same_weights(loaded, built.state_dict())
+    for (name, parameter), expected in zip(
+        loaded.named_parameters(), built.parameters(), strict=True
+    ):
+        assert parameter.requires_grad == expected.requires_grad, name
+        assert isinstance(parameter, torch.nn.Parameter)
+    for name, buffer in built.named_buffers():  # also those that are not in the file
+        torch.testing.assert_close(loaded.get_buffer(name), buffer)
+
+
+def test_a_loaded_network_does_not_hang_on_its_file(tmp_path, network):
+    path = save_weights(network, tmp_path / "x.safetensors")
+    loaded = load(path)
+    path.write_bytes(b"\0" * path.stat().st_size)  # in place
+    assert_same_weights(loaded, network.state_dict())
+
+
+def test_weights_are_in_memory_once_while_they_load(tmp_path):
+    wide = {"width": 768, "depth": 4, "decoder_width": 64, "decoder_depth": 2}
+    path = save_weights(create_model("tcmoa_tiny", **wide), tmp_path / "x.safetensors")
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS)
+    with Apart(f"{script}:growth", [str(path), json.dumps(wide)]) as apart:
+        apart()
+        growth = float(apart.output())
+    assert 0.5 < growth / path.stat().st_size < 1.5
 
 
 def test_round_trip_from_channels_last(tmp_path, network):

@@ -56,6 +56,21 @@ def test_even_blocks_see_their_window_and_odd_ones_a_shifted_one():
     assert blocks_touched(range(2)).all()
 
 
+def test_groups_of_windows_give_what_all_give_at_once(monkeypatch):
+    torch.manual_seed(0)
+    network, x = WindowedBlocks(8, 2, 2), torch.randn(2, 42, 28, 8)  # 12 windows
+    kept = x.clone()
+    sizes = []
+    network.blocks[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    whole = network.run(x, range(2))
+    monkeypatch.setattr("fusionkit.models.windows.WINDOWS_AT_ONCE", 5)
+    with torch.no_grad():
+        grouped = network.run(x, range(2))
+    assert sizes == [12, 5, 5, 2]
+    torch.testing.assert_close(grouped, whole.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, kept, rtol=0, atol=0)
+
+
 def test_first_block_is_a_transformer_block_in_one_window():
     torch.manual_seed(0)
     network, x = WindowedBlocks(8, 2, 2), torch.randn(2, 14, 14, 8)
