@@ -194,15 +194,21 @@ def _convolution_flops(
 def version(checkout: str | os.PathLike | None = None) -> str:
     """The commit of a checkout, by default this package's, "-dirty" if its files differ from it.
 
-    Without git or its data: this package's version, and "unknown" for another checkout.
+    Those in `figures/` may differ, where stored tables are put one by one. Without git or its data:
+    this package's version, and "unknown" for another checkout.
     """
     known = fusionkit.__version__ if checkout is None else "unknown"
     checkout = Path(checkout or Path(fusionkit.__file__).parents[1])
-    command = ["git", "describe", "--always", "--abbrev=7", "--dirty", "--exclude=*"]
-    if (checkout / ".git").exists() and shutil.which("git"):
-        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-        return found.stdout.strip() or known
-    return known
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return known
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip()
+
+    commit = git("describe", "--always", "--abbrev=7", "--exclude=*")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures")
+    return commit + ("-dirty" if changed else "") if commit else known
 
 
 def write_table(

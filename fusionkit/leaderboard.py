@@ -158,7 +158,7 @@ def _network_fuser(network: nn.Module, stretch: bool, lock: Lock) -> Callable:
     # Metrics take memory beside it: on a CPU a network that streams goes in small tiles, with the
     # same result.
     on_cpu = all(p.device.type == "cpu" for p in network.parameters())
-    tile = network.cpu_tile if on_cpu and hasattr(network, "stream") else None
+    tile = getattr(network, "cpu_tile", None) if on_cpu and hasattr(network, "stream") else None
 
     def fused(a: torch.Tensor, b: torch.Tensor, name: str) -> torch.Tensor:
         with lock:

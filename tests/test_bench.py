@@ -1,7 +1,9 @@
 """Times, ceilings, counted work, and the files of tables."""
 
 import json
+import os
 import re
+import subprocess
 import time
 
 import pandas as pd
@@ -155,6 +157,34 @@ def test_a_file_that_is_none_of_ours_is_named(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"{path}: expected the JSON")):
         bench.read_tables(path)
+
+
+def test_the_version_tells_changed_code_but_not_tables(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@y.z", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "figures").mkdir()
+    code, table = tmp_path / "code.py", tmp_path / "figures" / "table.json"
+    for path in (code, table):
+        path.write_text("1")
+    git("init")
+    assert bench.version(tmp_path) == "unknown"  # no commit yet
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")[:7]
+    table.write_text("2")
+    (tmp_path / "new.txt").write_text("")
+    assert bench.version(tmp_path) == commit
+    code.write_text("2")
+    assert bench.version(tmp_path) == f"{commit}-dirty"
 
 
 def test_the_version_is_a_commit_or_the_package_s(monkeypatch, tmp_path):

@@ -21,12 +21,22 @@ def test_results_keep_their_order(workers):
     assert list(in_parallel(slow_first, [], workers)) == []
 
 
-def test_several_threads_of_one_torch_thread_each():
+@pytest.fixture
+def four_threads():
     before = torch.get_num_threads()
-    meet = threading.Barrier(2, timeout=10)
-    counts = list(in_parallel(lambda _: (meet.wait(), torch.get_num_threads())[1], [0, 1], 2))
-    assert counts == [1, 1]
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("workers", "share"), [(1, 4), (2, 2), (3, 1), (6, 1)])
+def test_workers_divide_torchs_threads(workers, share, four_threads):
+    meet = threading.Barrier(workers, timeout=10)
+    found = in_parallel(
+        lambda _: (meet.wait(), torch.get_num_threads())[1], range(workers), workers
+    )
+    assert list(found) == [share] * workers
+    assert torch.get_num_threads() == 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -18,7 +18,8 @@ from fusionkit.metrics.remember import remembered, remembering
 from fusionkit.names import check_name
 from fusionkit.parallel import in_parallel
 
-# Of the pictures of metrics that run side by side. Most take up to 120 bytes a pixel, `qp` 280.
+# How many pixels metrics that run side by side may have to do with, all of them together. Most
+# metrics take up to 120 bytes a pixel, `qp` 280.
 PIXELS_AT_ONCE = 2**23
 Metrics = str | Iterable[str | Callable] | Mapping[str, Callable]
 
@@ -110,7 +111,7 @@ def measure(
 ) -> dict[str, float]:
     """One picture's row: (C, H, W) each, gray at 8 bits; `name` is for warnings and errors.
 
-    `workers` metrics at a time; None is one a CPU, as far as their maps fit in memory.
+    `workers` metrics at a time; None is one a CPU, fewer for pictures beyond `PIXELS_AT_ONCE`.
     """
     sizes = ["×".join(map(str, x.shape[-2:])) for x in (a, b, fused)]
     if len(set(sizes)) > 1:

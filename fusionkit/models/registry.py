@@ -211,9 +211,24 @@ def _fill(
     if complaint := mismatch(expected, state):
         raise ValueError(f"{path}: not a checkpoint of {name}: {complaint}")
     if assign:
-        state = {key: value.detach().to(expected[key].dtype) for key, value in state.items()}
+        state = _owned(state, expected)
     model.load_state_dict(state, assign=assign)
     return model
+
+
+def _owned(
+    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`state` with the types and devices of `expected`, each tensor in memory of its own."""
+    owned, taken = {}, set()
+    for key, value in state.items():
+        value = value.detach().to(expected[key])
+        memory = value.untyped_storage()
+        if memory.nbytes() != value.nbytes or memory.data_ptr() in taken:
+            value = value.clone(memory_format=torch.contiguous_format)
+        taken.add(memory.data_ptr())
+        owned[key] = value
+    return owned
 
 
 def mismatch(expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
@@ -266,12 +281,16 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     # Some tensors at a time: what has been read of a mapped file counts as memory until it closes.
+    found = path.stat()
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
     state = {}
     for start in range(0, len(keys), 16):
         with safe_open(path, "pt") as file:
             state |= {key: file.get_tensor(key).clone() for key in keys[start : start + 16]}
+    now = path.stat()
+    if (now.st_ino, now.st_mtime_ns) != (found.st_ino, found.st_mtime_ns):
+        raise ValueError("it was replaced while it was read; load it again")
     return state
 
 

@@ -117,7 +117,7 @@ class TCMoA(nn.Module):
         self.transposed_positions = transposed_positions
         self.reduction = check_name(reduction, ("nearest", "area"), "reduction")
         self.tuning = check_name(tuning, TUNINGS, "tuning")
-        # In whole windows. So much fits in 3 GiB beside the weights of MAE ViT-large.
+        # 560, as other networks; but 448 is what fits in 3 GiB beside MAE ViT-large's weights.
         self.cpu_tile = 4 * MULTIPLE if width > 768 else 5 * MULTIPLE
         layer = {
             "tuning": tuning,

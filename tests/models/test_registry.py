@@ -187,6 +187,45 @@ def test_a_loaded_network_does_not_hang_on_its_file(tmp_path, network):
     assert_same_weights(loaded, network.state_dict())
 
 
+def test_a_network_is_built_where_torch_is_told_to(tmp_path, network):
+    path = save_weights(network, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        loaded = load(path)
+    assert {x.device.type for x in loaded.state_dict().values()} == {"meta"}
+
+
+def test_weights_that_share_memory_in_a_file_are_their_own_in_the_network(tmp_path, network):
+    """Tied tensors, a slice of a larger one, and one that repeats itself: all may be trained."""
+    state = network.state_dict()
+    keys = [key for key in state if ".norm" in key]
+    large = torch.rand(1000)
+    state |= dict.fromkeys(keys[:2], torch.rand(SMALL["dim"]))
+    state[keys[2]] = large[: SMALL["dim"]]
+    state[keys[3]] = torch.tensor(0.5).expand(SMALL["dim"])
+    torch.save(state, tmp_path / "x.pth")
+    loaded = load(tmp_path / "x.pth")
+    assert_same_weights(loaded, state)
+    parameters = [loaded.get_parameter(key) for key in keys[:4]]
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in parameters)
+    assert len({p.data_ptr() for p in parameters}) == len(parameters)
+    with torch.no_grad():
+        parameters[3] += torch.arange(SMALL["dim"])
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path, network, monkeypatch):
+    path = save_weights(network, tmp_path / "x.safetensors")
+    opened = []
+
+    def replaced(*args):
+        if opened:
+            save_weights(ReFusion(**SMALL), path)
+        opened.append(args)
+        return safetensors.safe_open(*args)
+
+    monkeypatch.setattr(registry, "safe_open", replaced)
+    assert "replaced while it was read" in complaint(path)
+
+
 def test_weights_are_in_memory_once_while_they_load(tmp_path):
     wide = {"width": 768, "depth": 4, "decoder_width": 64, "decoder_depth": 2}
     path = save_weights(create_model("tcmoa_tiny", **wide), tmp_path / "x.safetensors")
