@@ -39,7 +39,9 @@ def test_all_metrics_are_the_same_remembered(monkeypatch):
     with remembering(a[0], b[0]):
         found = [measure(0, a[0], b[0], f[0], METRICS) for f in others]
     assert found == expected
-    assert measure(0, a[0], b[0], fused[0], METRICS, workers=3) == expected[0]
+    # Sums by other numbers of threads differ in the last digits.
+    side_by_side = measure(0, a[0], b[0], fused[0], METRICS, workers=3)
+    assert side_by_side == pytest.approx(expected[0], rel=1e-9)
     monkeypatch.setattr(remember, "ROOM", 100_000)  # some steps are kept, and others are not
     with remembering(a[0], b[0]):
         assert measure(0, a[0], b[0], fused[0], METRICS) == expected[0]
