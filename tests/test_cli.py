@@ -8,7 +8,7 @@ from PIL import Image
 
 from fusionkit.cli import main
 from fusionkit.models.refusion import ReFusion
-from fusionkit.models.registry import save_weights
+from fusionkit.models.weight_files import save_weights
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from fusionkit.color import chroma, fuse_chroma, luminance
 from fusionkit.fuse import fuse, fuse_folders, stretch_to_range
 from fusionkit.images import save_image, to_tensor
 from fusionkit.models.refusion import ReFusion
-from fusionkit.models.registry import create_model, save_weights
+from fusionkit.models.registry import create_model
+from fusionkit.models.weight_files import save_weights
 
 SIZES = [(8, 8), (9, 13), (131, 157)]
 

@@ -15,8 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from fusionkit.models.official_tcmoa import convert_vit
-from fusionkit.models.registry import WEIGHTS, mismatch, read_state
+from fusionkit.models.registry import WEIGHTS
 from fusionkit.models.tcmoa import MULTIPLE, PATCH, TCMoA, enlarged
+from fusionkit.models.weight_files import mismatch, read_state
 from fusionkit.models.windows import WINDOW, sine_cosine_grid, start_as_mae, transformer_blocks
 
 TINY_WIDTH = 64

@@ -14,8 +14,9 @@ from fusionkit.color import luminance
 from fusionkit.datasets.embedded import EmbeddedPairs
 from fusionkit.methods.mae import MAEMethod
 from fusionkit.models.mae import MaskedAutoencoder, fill_backbone, load_mae
-from fusionkit.models.registry import WEIGHTS, read_state
+from fusionkit.models.registry import WEIGHTS
 from fusionkit.models.tcmoa import TCMoA, tcmoa_base, tcmoa_tiny
+from fusionkit.models.weight_files import read_state
 from fusionkit.models.windows import sine_cosine_grid
 from fusionkit.training import fit
 

@@ -25,8 +25,8 @@ from fusionkit.methods.base import decay_groups, warmup_cosine
 from fusionkit.methods.tcmoa import TCMoAMethod
 from fusionkit.methods.tcmoa_losses import WARMUP_WEIGHTS, tcmoa_loss
 from fusionkit.models.adapters import PromptControl
-from fusionkit.models.registry import read_state
 from fusionkit.models.tcmoa import TCMoA
+from fusionkit.models.weight_files import read_state
 from fusionkit.training import fit
 
 TASKS = ("ivif", "meif", "mfif")

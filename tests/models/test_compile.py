@@ -14,7 +14,7 @@ from fusionkit.methods.bilevel import directional_derivative
 from fusionkit.methods.refusion import ReFusionMethod
 from fusionkit.models import create_model
 from fusionkit.models.refusion import LossProposal, Reconstruction
-from fusionkit.models.registry import save_weights
+from fusionkit.models.weight_files import save_weights
 
 TINY = {"dim": 4, "heads": 2, "blocks": 1}
 

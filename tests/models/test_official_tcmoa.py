@@ -13,8 +13,8 @@ import torch
 from fusionkit.models import create_model
 from fusionkit.models.mae import load_mae
 from fusionkit.models.official_tcmoa import convert_vit
-from fusionkit.models.registry import save_weights
 from fusionkit.models.tcmoa import TCMoA, tcmoa_tiny
+from fusionkit.models.weight_files import save_weights
 
 LAYER = r"(encoder|decoder)\.layers\.(\d+)\."
 AUTHORS = [  # ours, the encoder's name, the decoder's name

@@ -12,9 +12,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fusionkit.models import create_model, list_models, registry
+from fusionkit.models import create_model, list_models, registry, weight_files
 from fusionkit.models.refusion import ReFusion
-from fusionkit.models.registry import save_weights
+from fusionkit.models.weight_files import save_weights
 from fusionkit.versus import Apart
 
 LOADS = """
@@ -222,7 +222,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path, network, 
         opened.append(args)
         return safetensors.safe_open(*args)
 
-    monkeypatch.setattr(registry, "safe_open", replaced)
+    monkeypatch.setattr(weight_files, "safe_open", replaced)
     assert "replaced while it was read" in complaint(path)
 
 
