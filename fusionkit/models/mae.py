@@ -11,14 +11,20 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from fusionkit.models.official_tcmoa import convert_vit
+from fusionkit.models.patches import (
+    MULTIPLE,
+    PATCH,
+    enlarged,
+    register_normalisation,
+    to_patches,
+)
 from fusionkit.models.registry import WEIGHTS
-from fusionkit.models.tcmoa import MULTIPLE, PATCH, TCMoA, enlarged
+from fusionkit.models.tcmoa import TCMoA
 from fusionkit.models.weight_files import mismatch, read_state
-from fusionkit.models.windows import WINDOW, sine_cosine_grid, start_as_mae, transformer_blocks
+from fusionkit.models.windows import sine_cosine_grid, start_as_mae, transformer_blocks
 
 TINY_WIDTH = 64
 # timm's encoders by width. They come without a decoder, and are under CC-BY-NC 4.0.
@@ -73,8 +79,7 @@ class MaskedAutoencoder(nn.Module):
         start_as_mae(self)
         self.register_buffer("encoder_position", sine_cosine_grid(width))
         self.register_buffer("decoder_position", sine_cosine_grid(decoder_width))
-        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        register_normalisation(self)
 
     @classmethod
     def like(cls, network: TCMoA) -> MaskedAutoencoder:
@@ -92,9 +97,7 @@ class MaskedAutoencoder(nn.Module):
         (B, 196, 768): in reading order, of each the pixels in reading order, of each the channels.
         `mode` is how they are enlarged, as in `torch.nn.functional.interpolate`.
         """
-        x = self._normalised(pictures, mode)
-        x = x.unflatten(3, (WINDOW, PATCH)).unflatten(2, (WINDOW, PATCH))
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return to_patches(self._normalised(pictures, mode)).flatten(1, 2)
 
     def forward(
         self, pictures: torch.Tensor, mask_ratio: float = 0.75

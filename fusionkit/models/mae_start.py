@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fusionkit.models.mae import MaskedAutoencoder
-from fusionkit.models.tcmoa import PATCH, TCMoA
+from fusionkit.models.patches import PATCH
+from fusionkit.models.tcmoa import TCMoA
 
 CARRIER, CONTENT = 12.0, 3.0  # lengths of a token's constant part, and of its picture part (rms)
 OWN_SHARE, OWN_SHARE_DECODER = 0.1, 0.99  # λ at first: the encoder fuses, the decoder hardly

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
 from fusionkit.models.adapters import LayerReport, PromptControl, RouterMix, router_mix
+from fusionkit.models.patches import (
+    ENLARGEMENT,
+    MULTIPLE,
+    PATCH,
+    TOKEN,
+    enlarged,
+    from_patches,
+    register_normalisation,
+)
 from fusionkit.models.towers import TUNINGS, Tower
-from fusionkit.models.windows import WINDOW, mirrored, sine_cosine_grid
+from fusionkit.models.windows import mirrored, sine_cosine_grid
 from fusionkit.names import check_name
 
-PATCH = 16
-ENLARGEMENT = 2  # both sources are enlarged before the patches are cut
-TOKEN = PATCH // ENLARGEMENT  # pixels of the sources that a token stands for, in each direction
-MULTIPLE = WINDOW * TOKEN  # sides of a picture that fill whole windows
 SMALLEST = 32
 
 
@@ -142,8 +146,7 @@ class TCMoA(nn.Module):
         self.decoder_pred = nn.Linear(decoder_width, PATCH * PATCH * 3)
         self.register_buffer("encoder_position", sine_cosine_grid(width))
         self.register_buffer("decoder_position", sine_cosine_grid(decoder_width))
-        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        register_normalisation(self)
         self.requires_grad_(False)
         trained = [*self.encoder.added(), *self.decoder.added()]
         for module in [self.decoder_pred] if tuning == "linear" else trained:
@@ -235,10 +238,7 @@ class TCMoA(nn.Module):
         x = x + self._position(self.decoder_position, *x.shape[1:3])
         x, reports = self.decoder.rest(self.decoder.stem(x), mix, control)
         rows, columns = wanted
-        x = x[:, :rows, :columns]
-        patches = self.decoder_pred(x).unflatten(-1, (PATCH, PATCH, 3))  # (B, h, w, 16, 16, 3)
-        picture = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return picture, reports
+        return from_patches(self.decoder_pred(x[:, :rows, :columns])), reports
 
     def _picture(self, prediction: torch.Tensor, stem: Stem) -> torch.Tensor:
         height, width = stem.size
@@ -254,14 +254,6 @@ class TCMoA(nn.Module):
         size = (columns, rows) if self.transposed_positions else (rows, columns)
         resized = F.interpolate(grid, size=size, mode="bilinear").permute(0, 2, 3, 1)
         return resized.reshape(1, rows, columns, -1)
-
-
-def enlarged(
-    pictures: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, mode: str = "bilinear"
-) -> torch.Tensor:
-    """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), normalised: what the patches are cut from."""
-    x = (pictures.expand(-1, 3, -1, -1) - mean) / std
-    return F.interpolate(x, scale_factor=ENLARGEMENT, mode=mode)
 
 
 def _check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
