@@ -21,7 +21,7 @@ from fusionkit.tiling import fuse_tiled
 
 # Up to here a picture is fused whole: 1280×1024, the largest of the usual test sets.
 WHOLE_PIXELS = 1280 * 1024
-# A multiple of 112, which TC-MoA's windows fill; at 672 EFRUFN takes nearly 3 GiB.
+# A multiple of 112, which TC-MoA's windows fill.
 TILE = 560
 # A network that streams gives the same result in tiles, in less memory. Whole it is faster, as
 # some work is done once for a picture and not for each tile. On a CPU, whose memory programs share,
@@ -62,7 +62,8 @@ def fuse(
         tile: side of the tiles that large pictures are cut into; 0 never cuts. ReFusion and CAF
             stream (see `models.streaming`): tiles give their result to rounding, and are the
             default beyond 640×512 pixels on a CPU. Other networks fuse overlapping tiles, by
-            default of 560 beyond 1280×1024 pixels (`tcmoa_large` on a CPU: 448).
+            default of 560 beyond 1280×1024 pixels (`tcmoa_large` on a CPU: 448); up to there they
+            see the whole picture, as the authors' do, which may take more memory than tiles.
         precision: "bf16" runs the network in mixed precision: for GPUs, and for CPUs that multiply
             bf16, where CAF takes half the time; values move by a few thousandths.
         device: by default a GPU if there is one; a network of yours stays where it is.

@@ -80,7 +80,7 @@ def solve(
     for name, number in (("max_evaluations", max_evaluations), ("memory", memory)):
         if number < 1:
             raise ValueError(f"{name} {number}; expected 1 or more")
-    propose = SOLVERS[solver](min(memory, max_evaluations), mixing, regularisation)
+    propose = SOLVERS[solver](max(1, min(memory, max_evaluations - 1)), mixing, regularisation)
     x = start.detach()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()  # sums over a whole picture need full precision

@@ -136,7 +136,8 @@ class FRUFN(UnfoldingNetwork):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Luminances a, b (B, 1, H, W) in [0, 1] -> fused (B, 1, H, W), not clamped; any size."""
-        *_, (features, _) = self._states(*self.encode(a, b))
+        for features, _ in self._states(*self.encode(a, b)):  # noqa: B007 - the last one counts
+            pass
         return self.decode(features, a)
 
     @torch.no_grad()

@@ -19,41 +19,37 @@ from timm.models.swin_transformer_v2 import (
 from torch import nn
 from torch.nn import functional as F
 
-BAND_PIXELS = 8192  # what a band holds, in pixels: its attention stays in a processor's cache
+BAND_PIXELS = 8192  # of a band, whose attention then stays in a processor's cache
 FEW_TOKENS = 4  # up to so many, `attend_in_small_windows` is faster than matrix products
 
 
-class BandedSwinBlock(SwinTransformerV2Block):
-    """timm's Swin V2 block; without gradients on a CPU, band by band of the picture.
+class BandSwinBlock(SwinTransformerV2Block):
+    """timm's Swin V2 block, which can also be had for some rows of windows at a time."""
 
-    After the shift no window knows of another, and the rest is pixel by pixel. So the block may do
-    all its work on a few rows of windows before it goes on to the next, and the attention of a
-    whole picture (of 16 tokens and 8 heads, 128 numbers a pixel) is never held. The result is the
-    same to rounding. (B, H, W, dim) -> the same; H and W are multiples of the window.
-    """
+    def band(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The block of some rows of windows, already shifted: (B, h, W, dim) -> the same.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return super().forward(x)
-        _, height, width, _ = x.shape
-        window, shift = self.window_size, self.shift_size
-        mask = self.get_attn_mask(x)  # (windows, tokens, tokens), or None without a shift
-        if mask is not None:
-            mask = mask.unflatten(0, (height // window[0], width // window[1]))
-            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-        out = torch.empty_like(x)
+        mask: what is added to the logits, (windows of one item, tokens, tokens). Not for gradients.
+        """
         few = self.window_area <= FEW_TOKENS
         attend = partial(attend_in_small_windows, self.attn) if few else self.attn
-        rows = max(1, BAND_PIXELS // (width * window[0]))  # of windows, in a band
-        for top in range(0, height // window[0], rows):
-            band = slice(top * window[0], (top + rows) * window[0])
-            part = x[:, band]
-            own = None if mask is None else mask[top : top + rows].flatten(0, 1)
-            attended = attend(window_partition(part, window).flatten(1, 2), own)
-            attended = window_reverse(attended.unflatten(1, window), window, part.shape[1:3])
-            part = part + self.norm1(attended)
-            out[:, band] = part + self.norm2(self.mlp(part))
-        return out if mask is None else out.roll(shift, dims=(1, 2))
+        attended = attend(window_partition(x, self.window_size).flatten(1, 2), mask)
+        attended = attended.unflatten(1, self.window_size)
+        x = x + self.norm1(window_reverse(attended, self.window_size, x.shape[1:3]))
+        return x + self.norm2(self.mlp(x))
+
+    def masks(self, rows: range, x: torch.Tensor) -> torch.Tensor:
+        """The masks of some rows of windows of a shifted x (B, H, W, dim), for `band`.
+
+        Only windows at the lower and the right edge hold what the shift brought together, so
+        those of two by two windows tell all.
+        """
+        tokens, (height, width) = self.window_area, self.window_size
+        corner = self.get_attn_mask(x.new_empty(1, 2 * height, 2 * width, 1))
+        lowest, last = x.shape[1] // height - 1, x.shape[2] // width - 1
+        below = torch.tensor([int(row == lowest) for row in rows], device=x.device)
+        right = torch.tensor([int(column == last) for column in range(last + 1)], device=x.device)
+        return corner.view(2, 2, tokens, tokens)[below[:, None], right].flatten(0, 1)
 
 
 def attend_in_small_windows(
@@ -103,7 +99,7 @@ class NormedSwin(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.blocks = nn.Sequential(
             *(
-                BandedSwinBlock(
+                BandSwinBlock(
                     dim,
                     input_resolution=window,  # any, as the mask follows the input
                     num_heads=heads,
@@ -118,8 +114,39 @@ class NormedSwin(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm_in(x.permute(0, 2, 3, 1))
-        return self.norm_out(self.blocks(tokens)).permute(0, 3, 1, 2)
+        tokens = x.permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            tokens = self.norm_out(self.blocks(self.norm_in(tokens)))
+        else:
+            tokens = self._banded(tokens)
+        return tokens.permute(0, 3, 1, 2)
+
+    def _banded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`forward` without gradients, in less memory and time.
+
+        After the shift no window knows of another, and the rest is pixel by pixel. So all work is
+        done on a few rows of windows before it goes on to the next, in their place: neither the
+        attention of a whole picture is held (of 16 tokens and 8 heads, 128 numbers a pixel), nor a
+        shifted copy. The result is the same to rounding.
+        """
+        _, height, width, _ = tokens.shape
+        plain, shifted = self.blocks
+        window, shift = plain.window_size[0], shifted.shift_size
+        count = height // window
+        at_once = max(1, BAND_PIXELS // (width * window))
+        bands = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+        out = None
+        for band in bands:
+            rows = slice(band.start * window, band.stop * window)
+            part = plain.band(self.norm_in(tokens[:, rows]))
+            out = part.new_empty(tokens.shape) if out is None else out
+            out[:, rows] = part
+        for band in bands:
+            rows = torch.arange(band.start * window, band.stop * window, device=out.device)
+            rows = (rows + shift[0]) % height
+            part = shifted.band(out[:, rows].roll(-shift[1], 2), shifted.masks(band, out))
+            out[:, rows] = self.norm_out(part).roll(shift[1], 2)
+        return out
 
 
 def convnext_block(dim: int) -> ConvNeXtBlock:

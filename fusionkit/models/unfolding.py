@@ -57,13 +57,22 @@ class MaskGenerator(nn.Module):
         self.head = nn.Conv2d(width, 2, 3, padding=1)
 
     def forward(self, difference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        features = pooled = self.project(torch.cat([difference, mask], dim=1))
-        size, pyramid = features.shape[-2:], [features]
+        merged = self._all_scales(self.project(torch.cat([difference, mask], dim=1)))
+        return self.head(self.attend(merged)).softmax(dim=1)[:, 1:]
+
+    def _all_scales(self, features: torch.Tensor) -> torch.Tensor:
+        pooled, coarser = features, []
         for block in self.scales.values():
             pooled = F.max_pool2d(F.pad(pooled, (1, 1, 1, 1), mode="reflect"), 3, stride=2)
-            pyramid.append(F.interpolate(block(pooled), size, mode="bilinear"))
-        merged = self.merge(torch.cat(pyramid[::-1], dim=1))
-        return self.head(self.attend(merged)).softmax(dim=1)[:, 1:]
+            coarser.append(block(pooled))
+        # `merge` sees all scales side by side, the coarsest first. A product for each, and their
+        # sum, is the same, and holds one scale at a time in the picture's size.
+        *weights, finest = self.merge.weight.split(features.shape[1], dim=1)
+        merged = F.conv2d(features, finest, self.merge.bias, padding=1)
+        for scale, weight in zip(reversed(coarser), weights, strict=True):
+            enlarged = F.interpolate(scale, features.shape[-2:], mode="bilinear")
+            merged += F.conv2d(enlarged, weight, padding=1)
+        return merged
 
 
 class UnfoldingUnit(nn.Module):

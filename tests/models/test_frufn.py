@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -511,7 +512,7 @@ def test_anderson_needs_fewer_evaluations_than_plain_iteration(task):
 
 
 @pytest.mark.parametrize(("window", "tolerance"), [(2, 2e-5), (4, 1e-6)])
-@pytest.mark.parametrize("size", [(2, 16, 24, 8), (1, 16, 8, 96)])
+@pytest.mark.parametrize("size", [(2, 16, 24, 8), (1, 16, 8, 96), (1, 16, 4, 4)])
 def test_windows_attend_alike_with_and_without_gradients(monkeypatch, window, tolerance, size):
     monkeypatch.setattr(swin, "BAND_PIXELS", 8 * size[-1])  # more than one band, and a smaller last
     torch.manual_seed(0)
@@ -524,3 +525,17 @@ def test_windows_attend_alike_with_and_without_gradients(monkeypatch, window, to
     assert expected.requires_grad
     with torch.no_grad():
         close(layer(x), expected.detach(), atol=tolerance)
+
+
+def test_past_iterations_are_not_held():
+    network = FRUFN(8, 2, units=4).requires_grad_(False)
+    past, held = [], []
+
+    def look(unit, arguments):
+        held.append(sum(features() is not None for features in past[1:]))  # the first is the base's
+        past.append(weakref.ref(arguments[0]))
+
+    for unit in network.units:
+        unit.register_forward_pre_hook(look)
+    network(torch.rand(1, 1, 16, 16), torch.rand(1, 1, 16, 16))
+    assert held == [0, 0, 0, 0]
