@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._fmi_features import dct, edges, gradient, meyer_bands, pixels
@@ -171,7 +170,7 @@ def _nelsen_information(x: _Windows, y: _Windows) -> torch.Tensor:
 
     # Perfect dependence fills 17 of the 81 cells, a staircase: each up to where one of the
     # cumulative sums ends, p's at row i or q's at column j.
-    below_p, below_q = (F.pad(z.cumsum(0), (0, 0, 1, 0)) for z in (p, q))
+    below_p, below_q = (torch.cat([torch.zeros_like(z[:1]), z.cumsum(0)]) for z in (p, q))
     reached = (below_p[1:, None] <= below_q[1:]).view(torch.uint8)
     row, column = _count(reached.unbind(0)), len(p) - _count(reached.unbind(1))
     steps = (

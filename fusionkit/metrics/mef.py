@@ -8,6 +8,7 @@ import torch
 
 from fusionkit.metrics._common import by_picture
 from fusionkit.metrics._filters import box, pad, separable
+from fusionkit.metrics._sobel import root
 from fusionkit.metrics._ssim import C2, GAUSSIAN, Moments, check_size
 from fusionkit.metrics.remember import remembered
 
@@ -90,8 +91,8 @@ def _factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     patches = Moments(tuple(box(PATCH)), a=a, b=b)
     var_a, var_b = (patches.variance[x].clamp(min=0) for x in "ab")
     covariance = patches.covariance("a", "b")
-    norm_a, norm_b = var_a.sqrt(), var_b.sqrt()
-    norm_of_sum = (var_a + var_b + 2 * covariance).clamp(min=0).sqrt()
+    norm_a, norm_b = root(var_a), root(var_b)
+    norm_of_sum = root((var_a + var_b + 2 * covariance).clamp(min=0))
     consistency = (norm_of_sum + 1e-12) / (norm_a + norm_b + 1e-12)
     power = torch.tan(math.pi / 2 * consistency.clamp(0, 1)).clamp(max=LARGEST_POWER)
     norm_a, norm_b = norm_a + OFFSET, norm_b + OFFSET

@@ -143,6 +143,8 @@ def fixed_point(
     solution = solve(H, start, **options)
     if not torch.is_grad_enabled():
         return solution
+    # Older versions of torch would use again what autocast has cast without gradients.
+    torch.clear_autocast_cache()
     point = solution.value
     if backward == "jacobian_free":
         return solution._replace(value=_finite_or(H(point), point))

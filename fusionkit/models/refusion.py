@@ -106,8 +106,9 @@ class AdaptiveFusion(nn.Module):
         """GELU of each source's half of the gate's channels."""
         if not parts_pay(joint):
             return F.gelu(self.gate(joint)).chunk(2, dim=1)
-        weights, taps = (layer.weight.chunk(2) for layer in self.gate)
-        return [depthwise_gelu(pointwise(joint, w), t) for w, t in zip(weights, taps, strict=True)]
+        (weight_a, weight_b), (taps_a, taps_b) = (layer.weight.chunk(2) for layer in self.gate)
+        gate_a = depthwise_gelu(pointwise(joint, weight_a), taps_a)
+        return gate_a, depthwise_gelu(pointwise(joint, weight_b), taps_b)
 
 
 class PictureHead(nn.Sequential):
